@@ -1,0 +1,110 @@
+"""Every column of every table, defined once: unit, formula, moment of reading, dependence on the gauge.
+
+Symbols: A (d_in, r), W_i (w_{i-1}, w_i), B (w_n, d_out) are the factors F_0 … F_{n+1} of a chain with its scale s;
+delta = ΔW (d_in, d_out) is the change of the effective weight since training began; σ are its singular values,
+descending; g_i = ∂L/∂F_i (F_i's shape) is the gradient of the whole step (after accumulation, unscaled, before
+clipping); dF_i is F_i after the step minus F_i before it.
+
+The gauge is the freedom W_i → W_i M, W_{i+1} → M⁻¹ W_{i+1}, which leaves delta as it is. A column that depends on
+the gauge describes this parametrisation and not the function; figures say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Table = Literal["steps", "modules", "factors", "links", "evals"]
+Kind = Literal["int", "float", "bool", "text", "spectrum"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of one table.
+
+    Attributes:
+        table: The table it stands in.
+        name: Its name there.
+        kind: `spectrum` is a list of floats, descending; every other kind is one value.
+        unit: Unit, `1` for a pure number.
+        meaning: What it is, with its formula where it has one.
+        moment: When it is read, relative to the optimiser's step.
+        key: Whether it is part of the table's key.
+        derived: Whether it is computed on reading from the stored columns.
+        gauge_dependent: Whether it changes under W_i → W_i M, W_{i+1} → M⁻¹ W_{i+1}.
+        source: Where the formula comes from.
+    """
+
+    table: Table
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    moment: str
+    key: bool = False
+    derived: bool = False
+    gauge_dependent: bool = False
+    source: str = ""
+
+
+_ROY = "Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO"
+_RUDELSON = "Rudelson & Vershynin 2007, Sampling from large matrices, J. ACM 54(4)"
+_ARORA = "Arora, Cohen & Hazan 2018, On the optimization of deep networks (arXiv 1802.06509)"
+
+_STEP = "optimiser step (after gradient accumulation), counted from 1"
+_MODULE = "adapted layer, by its dotted name in the base model; `name@adapter` where a layer trains several"
+
+COLUMNS: tuple[Column, ...] = (
+    # steps: one row per optimiser step, complete whatever `every` is
+    Column("steps", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
+    Column("steps", "epoch", "float", "epochs", "passes over the training data, as the Trainer counts them; NaN where nobody counts", "after the step"),
+    Column("steps", "loss", "float", "nats", "sum of the scalars on which backward was called since the last step, unscaled; what `log(loss=…)` says overrides it", "during the step's backward passes"),
+    Column("steps", "learning_rate", "float", "1", "learning rate of the optimiser's first parameter group", "before the step"),
+    Column("steps", "grad_norm", "float", "nats", "√Σ‖g‖² over all parameters of the optimiser", "before clipping", gauge_dependent=True),
+    Column("steps", "clip_coef", "float", "1", "factor by which clipping multiplied the gradients; 1 without clipping, NaN where clipping was by value", "at clipping"),
+    Column("steps", "skipped", "bool", "1", "whether the gradient scaler found Inf or NaN and left the step out", "after the step"),
+    Column("steps", "tokens", "int", "tokens", "training tokens seen since training began, where the Trainer counts them or `log(tokens=…)` says them", "after the step"),
+    Column("steps", "seconds", "float", "s", "wall time from the end of the previous step to the end of this one, tracking included", "after the step"),
+    Column("steps", "track_seconds", "float", "s", "wall time the tracker took of it", "after the step"),
+    # modules: one row per recorded step and adapted layer
+    Column("modules", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
+    Column("modules", "module", "text", "", _MODULE, "at the first step", key=True),
+    Column("modules", "spectrum", "spectrum", "weight", "σ: singular values of delta, descending, padded by none", "after the step"),
+    Column("modules", "delta_update_spectrum", "spectrum", "weight", "singular values of delta after the step minus delta before it, from telescoped factors", "after the step"),
+    Column("modules", "descent_cosine", "float", "1", "−Σ⟨g_i, dF_i⟩ / (√Σ‖g_i‖² √Σ‖dF_i‖²) over the factors, positive for descent; NaN where a norm is 0", "after the step", gauge_dependent=True),
+    Column("modules", "delta_norm", "float", "weight", "Frobenius norm √Σσ²; 0 for delta = 0", "after the step", derived=True),
+    Column("modules", "delta_spectral_norm", "float", "weight", "σ₁; 0 for delta = 0", "after the step", derived=True),
+    Column("modules", "effective_rank", "float", "directions", "exp(−Σ p_i ln p_i) with p_i = σ_i/Σσ; NaN for delta = 0", "after the step", derived=True, source=_ROY),
+    Column("modules", "stable_rank", "float", "directions", "Σσ²/σ₁²; NaN for delta = 0", "after the step", derived=True, source=_RUDELSON),
+    Column("modules", "delta_update_norm", "float", "weight", "Frobenius norm of the update of delta", "after the step", derived=True),
+    Column("modules", "delta_update_effective_rank", "float", "directions", "effective rank of the update of delta; NaN where it is 0", "after the step", derived=True, source=_ROY),
+    # factors: one row per recorded step, adapted layer and factor
+    Column("factors", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
+    Column("factors", "module", "text", "", _MODULE, "at the first step", key=True),
+    Column("factors", "factor", "text", "", "A, W1 … Wn, B, from input to output", "at the first step", key=True),
+    Column("factors", "grad_norm", "float", "nats/weight", "‖g_i‖, Frobenius", "before clipping", gauge_dependent=True),
+    Column("factors", "grad_cosine_previous", "float", "1", "cosine of g_i with g_i of the last recorded step; NaN at the first and where either is 0", "before clipping", gauge_dependent=True),
+    Column("factors", "update_norm", "float", "weight", "‖dF_i‖, Frobenius", "after the step", gauge_dependent=True),
+    Column("factors", "weight_norm", "float", "weight", "‖F_i‖, Frobenius", "after the step", gauge_dependent=True),
+    Column("factors", "update_ratio", "float", "1", "‖dF_i‖ divided by ‖F_i‖ before the step; NaN where that is 0", "after the step", gauge_dependent=True),
+    # links: one row per recorded step, adapted layer and pair of neighbouring factors
+    Column("links", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
+    Column("links", "module", "text", "", _MODULE, "at the first step", key=True),
+    Column("links", "link", "text", "", "neighbouring factors, input side first: `A-W1`, `W1-W2`, `Wn-B`", "at the first step", key=True),
+    Column("links", "balance_drift", "float", "1", "change since training began of F_iᵀF_i/η_i − F_{i+1}F_{i+1}ᵀ/η_{i+1}, relative", "after the step", gauge_dependent=True, source=_ARORA),
+    # evals: one row per evaluation, split and metric
+    Column("evals", "step", "int", "steps", "last optimiser step before the evaluation, 0 before training", "at the evaluation", key=True),
+    Column("evals", "split", "text", "", "which data: `eval`, `test`, …", "at the evaluation", key=True),
+    Column("evals", "metric", "text", "", "what was measured on it: `loss`, `accuracy`, …", "at the evaluation", key=True),
+    Column("evals", "value", "float", "of the metric", "the measurement", "at the evaluation"),
+)
+
+
+def columns_of(table: str) -> tuple[Column, ...]:
+    """Return the columns of `table`, in their order there; empty for an unknown table."""
+    return tuple(column for column in COLUMNS if column.table == table)
+
+
+def define_column(table: str, name: str) -> Column | None:
+    """Return the definition of column `name` of `table`, or None where the user named it (`log(name=…)`)."""
+    return next((column for column in columns_of(table) if column.name == name), None)
