@@ -48,8 +48,8 @@ def stable_rank(sigma: NDArray[Any]) -> Array:
 
 
 def frobenius_norm(sigma: NDArray[Any]) -> Array:
-    """Return √Σσ², without overflow or underflow on the way."""
-    sigma = np.asarray(sigma, dtype=np.float64)
+    """Return √Σσ² (or that of any numbers), without overflow or underflow on the way."""
+    sigma = np.abs(np.asarray(sigma, dtype=np.float64))
     if sigma.shape[-1] == 0:
         return np.zeros(sigma.shape[:-1])
     top = sigma.max(axis=-1)  # NaN where any is NaN

@@ -1,0 +1,209 @@
+"""Find the adapted layers of a model and describe each as a chain of factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+# A subclass from elsewhere may change the weight in a way of its own, so only these are read as products.
+_PRODUCT_HOMES = ("peft.tuners.lora.", "linchain_analysis.adapters.")
+# Parts of a dotted name that wrappers add: torch.compile, FSDP, activation checkpointing, PEFT's own layers.
+_WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """One trainable matrix of a chain.
+
+    Attributes:
+        name: A, W1 … Wn or B; for a layer whose delta is refused, the name PEFT gives the parameter.
+        parameter: The live parameter. Its first axis against all the others makes the stored matrix (p, q).
+        transposed: Whether the chain view, rows = input side, is the transpose of the stored matrix, as it is for
+            everything stored like `nn.Linear`.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    transposed: bool = True
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the stored matrix."""
+        return _stored_shape(self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the chain view: (d_in, w_0), (w_{i-1}, w_i) or (w_n, d_out)."""
+        p, q = self.stored_shape
+        return (q, p) if self.transposed else (p, q)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` (the parameter, its gradient, …) as the stored matrix (p, q)."""
+        return tensor.reshape(self.stored_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """The ordered factors of one adapted weight matrix under one adapter.
+
+    Attributes:
+        module: Name of the layer in the base model; `name@adapter` where the layer trains several adapters.
+        kind: Last part of the name.
+        layer: Index of the layer's block (the first number in the name), or None.
+        adapter: Name of the adapter.
+        factors: From input to output.
+        refused: Why the change of the effective weight is not the product of these factors, or None.
+        read_scale: Returns the present scale.
+    """
+
+    module: str
+    kind: str
+    layer: int | None
+    adapter: str
+    factors: tuple[Factor, ...]
+    refused: str | None
+    read_scale: Callable[[], float]
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, alpha / √r for rsLoRA: what multiplies the product now."""
+        return self.read_scale()
+
+
+def find_chains(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Chain]:
+    """Return the chains of `model` that train, in the order of its modules.
+
+    A chain trains if one of its factors requires a gradient or belongs to `optimizer`.
+    """
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+    found: list[Chain] = []
+    for name, layer in _named_layers(model):
+        chains = [
+            chain
+            for adapter in _adapter_names(layer)
+            if (chain := _read_layer(name, layer, adapter)) and _trains(chain, optimized)
+        ]
+        if len(chains) > 1:
+            chains = [replace(chain, module=f"{chain.module}@{chain.adapter}") for chain in chains]
+        found += chains
+    return found
+
+
+def _trains(chain: Chain, optimized: set[int]) -> bool:
+    return any(f.parameter.requires_grad or id(f.parameter) in optimized for f in chain.factors)
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Yield each adapted layer once with its name in the base model, unique among those yielded."""
+    seen: set[int] = set()
+    taken: Counter[str] = Counter()
+    bases = [
+        (f"{name}." if name else "") + ("base_model.model." if isinstance(module, PeftModel) else "model.")
+        for name, module in model.named_modules()
+        if isinstance(module, (PeftModel, BaseTuner))
+    ]
+    for full_name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or id(module) in seen:
+            continue
+        seen.add(id(module))
+        inside = max((base for base in bases if f"{full_name}.".startswith(base)), key=len, default="")
+        parts = [part for part in full_name[len(inside) :].split(".") if part not in _WRAPPER_PARTS]
+        if not inside and parts[:1] == ["module"] and isinstance(getattr(model, "module", None), nn.Module):
+            parts = parts[1:]  # DataParallel and DistributedDataParallel
+        if isinstance(module, ParamWrapper):
+            parts.append(module.parameter_name)
+        name = ".".join(parts)
+        taken[name] += 1
+        yield (name if taken[name] == 1 else f"{name}#{taken[name]}"), module
+
+
+def _adapter_names(layer: BaseTunerLayer) -> list[str]:
+    """Adapters of a layer in the order in which they were added."""
+    names: dict[str, None] = {}
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute, None)
+        if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
+            names |= dict.fromkeys(held.keys())
+    return list(names)
+
+
+def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
+    factors: tuple[Factor, ...] = ()
+    refused: str | None = f"{type(layer).__name__} of {type(layer).__module__} is not a product of LoRA factors"
+    if isinstance(layer, LoraLayer) and f"{type(layer).__module__}.".startswith(_PRODUCT_HOMES):
+        factors, refused = _product_factors(layer, adapter), _refusal(layer, adapter)
+    if refused or not factors:
+        read = {id(factor.parameter) for factor in factors}
+        factors += tuple(f for f in _other_factors(layer, adapter) if id(f.parameter) not in read)
+    if not factors:
+        return None
+    scaling = getattr(layer, "scaling", None)
+
+    def read_scale() -> float:
+        return float(scaling[adapter]) if isinstance(scaling, dict) and adapter in scaling else 1.0
+
+    parts = name.split(".")
+    block = next((int(part) for part in parts if part.isdigit()), None)
+    return Chain(name, parts[-1], block, adapter, factors, refused, read_scale)
+
+
+def _product_factors(layer: LoraLayer, adapter: str) -> tuple[Factor, ...]:
+    """A, W1 … Wn, B of a LoRA or LinChain layer; empty where the layer keeps its weights in another way."""
+    if adapter in layer.lora_A:
+        first, last = layer.lora_A[adapter], layer.lora_B[adapter].weight
+    elif adapter in layer.lora_embedding_A:
+        first, last = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        return ()
+    if hasattr(first, "chain_factors"):
+        start = tuple(Factor(name, parameter, transposed) for name, parameter, transposed in first.chain_factors())
+    else:
+        start = (Factor("A", first if isinstance(first, nn.Parameter) else first.weight),)
+    return (*start, Factor("B", last))
+
+
+def _refusal(layer: LoraLayer, adapter: str) -> str | None:
+    """Why s · A W1 … Wn B is not the change of this layer's effective weight, or None where it is."""
+    if layer.use_dora.get(adapter):
+        return "DoRA rescales the columns of the whole weight, so its change is not a product of factors"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None:
+        return f"{type(variant).__name__.removesuffix('Variant')} changes more than a product of factors"
+    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+        return f"{layer.parameter_name} holds {layer.num_experts} experts, so its change is not one product of factors"
+    base = layer.get_base_layer()
+    if isinstance(layer, _ConvNd) and base.groups > 1:
+        return f"a convolution in {base.groups} groups changes block by block, not by one product of factors"
+    weight = getattr(base, getattr(layer, "parameter_name", "weight"), None)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        return "its base weight trains as well, so the factors are not the whole change"
+    return None
+
+
+def _other_factors(layer: BaseTunerLayer, adapter: str) -> tuple[Factor, ...]:
+    """Every parameter that `adapter` has on this layer, under the name PEFT gives it."""
+    factors = []
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute, None)
+        if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter not in held:
+            continue
+        item = held[adapter]
+        named = [("", item)] if isinstance(item, nn.Parameter) else list(item.named_parameters())
+        for suffix, parameter in named:
+            name = attribute if suffix in ("", "weight") else f"{attribute}.{suffix}"
+            factors.append(Factor(name, parameter))
+    return tuple(factors)
+
+
+def _stored_shape(parameter: Tensor) -> tuple[int, int]:
+    shape = tuple(parameter.shape)
+    if len(shape) < 2:
+        return (1, parameter.numel())
+    return (shape[0], parameter.numel() // shape[0] if shape[0] else 0)
