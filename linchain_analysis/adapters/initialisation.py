@@ -1,0 +1,48 @@
+"""How the inner factors of a chain start."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Uniform on ± gain · √(3 / fan_in), He et al. 2015 (arXiv 1502.01852), where gain² = 2 / (1 + a²) for a leaky ReLU of
+# slope a: the slope is how torch is told the gain.
+_UNIFORM_SLOPES = {"kaiming": math.sqrt(5), "he": 0.0, "lecun": 1.0}
+
+CHAIN_INITS = (*_UNIFORM_SLOPES, "orthogonal", "identity")
+
+
+def draw_inner_factors(widths: Sequence[int], init: str, seed: int) -> list[Tensor]:
+    """Draw W1 … Wn, stored like `nn.Linear`: shape (w_i, w_{i-1}), float32, on the CPU.
+
+    Args:
+        widths: w_0 … w_n.
+        init: One of `CHAIN_INITS`.
+        seed: Seed of the stream they are drawn from; the global stream is left alone.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    factors = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        factor = torch.empty(fan_out, fan_in, device="cpu", dtype=torch.float32)
+        if init == "identity":
+            nn.init.eye_(factor)
+        elif init == "orthogonal":
+            nn.init.orthogonal_(factor, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(factor, a=_UNIFORM_SLOPES[init], generator=generator)
+        factors.append(factor)
+    return factors
+
+
+def seed_from(drawn: Tensor) -> int:
+    """Derive a seed from a factor that the global stream has just drawn.
+
+    So a chain is reproducible from the global seed without drawing from it: A, and everything drawn later, is what it
+    would be for LoRA under that seed, and methods can be compared seed by seed.
+    """
+    sample = drawn.detach().flatten()[:4096].to("cpu", torch.float32).numpy()
+    return int.from_bytes(hashlib.blake2b(sample.tobytes(), digest_size=8).digest(), "little") >> 1

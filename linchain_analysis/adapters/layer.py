@@ -1,0 +1,140 @@
+"""PEFT's LoRA layers with a chain inside."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+from torch import Tensor, nn
+
+from linchain_analysis.adapters.chain import FactorChain, InnerFactors
+
+
+class ChainLinear(Linear):  # type: ignore[misc]
+    """LoRA's linear layer with a forward that pays for depth once per call instead of once per token."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return x W + bias + scale · x A W1 … Wn B, (…, d_out).
+
+        In the plain case the small product and the scale are folded into the smaller of A and B, and the sum with the
+        base output is one `addmm`, which keeps no more for backward than LoRA: x, x A and small matrices.
+        """
+        adapter = self._plain_adapter(kwargs)
+        if adapter is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        chain, last, scale = self.lora_A[adapter], self.lora_B[adapter].weight, self.scaling[adapter]
+        first = chain.A
+        x = self.lora_dropout[adapter](self._cast_input_dtype(x, first.dtype))
+        product = chain.inner_product(scale)
+        if self.in_features <= self.out_features:
+            first = chain.fold_first(product)
+        else:
+            with torch.autocast(last.device.type, enabled=False):
+                last = last @ product
+        hidden = F.linear(x, first)
+        if base.dtype != hidden.dtype:
+            # The dtypes promote as in LoRA: the sum is formed in the wider one and rounded once.
+            return (base + F.linear(hidden, last)).to(base.dtype)
+        # The widths are named, not -1: an empty batch leaves -1 undetermined.
+        rows = base.shape[:-1].numel()
+        fused = torch.addmm(base.reshape(rows, base.shape[-1]), hidden.reshape(rows, hidden.shape[-1]), last.t())
+        return fused.view(base.shape)
+
+    def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
+        """Return the adapter if there is just one to apply and nothing else to do, or None."""
+        if kwargs.get("adapter_names") is not None or kwargs.get("alora_offsets") is not None:
+            return None
+        if self.disable_adapters or self.merged:
+            return None
+        present = [name for name in self.active_adapters if name in self.lora_A]
+        if len(present) != 1 or present[0] in self.lora_variant or self.lora_bias[present[0]]:
+            return None
+        chain, last = self.lora_A[present[0]], self.lora_B[present[0]]
+        return present[0] if type(chain) is FactorChain and not (_is_hooked(chain) or _is_hooked(last)) else None
+
+
+class ChainEmbedding(Embedding):  # type: ignore[misc]
+    """LoRA's embedding with a chain: A stays `lora_embedding_A`, B `lora_embedding_B`, W1 … Wn `lora_embedding_W`."""
+
+    adapter_layer_names = (*Embedding.adapter_layer_names, "lora_embedding_W")
+    lora_embedding_W: nn.ModuleDict
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return delta of `adapter`, shape (num_embeddings, embedding_dim)."""
+        first, last = self.lora_embedding_A[adapter], self._folded_last(adapter)
+        dtype = first.dtype
+        if first.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            first, last = first.float(), last.float()
+        return ((last @ first).t() * self.scaling[adapter]).to(dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the embeddings of the indices `x`, (…, embedding_dim)."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        kwargs.pop("alora_offsets", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            untouched: Tensor = self.base_layer(x, *args, **kwargs)
+            return untouched
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        result = base
+        for adapter in self.active_adapters:
+            if adapter in self.lora_embedding_A:
+                result = result + self._embed_delta(x, adapter)
+        return result.to(base.dtype)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for adapter in set(adapter_names):
+            if adapter in self.lora_embedding_A:
+                rows = [index for index, name in enumerate(adapter_names) if name == adapter]
+                result[rows] += self._embed_delta(x[rows], adapter)
+        return result
+
+    def _embed_delta(self, x: Tensor, adapter: str) -> Tensor:
+        hidden = self._embed(x, self.lora_embedding_A[adapter].t())
+        delta: Tensor = F.linear(hidden, self._folded_last(adapter, self.scaling[adapter]))
+        # Some models scale their embeddings inside the layer, so the change has to be scaled with them.
+        embed_scale = self._get_embed_scale()
+        return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
+
+    def _folded_last(self, adapter: str, scale: float = 1.0) -> Tensor:
+        """Return scale · B Wn … W1, (embedding_dim, r): B is the small side, A has a column for every token."""
+        last: Tensor = self.lora_embedding_B[adapter]
+        if adapter not in self.lora_embedding_W:
+            return last * scale
+        with torch.autocast(last.device.type, enabled=False):
+            return last @ self.lora_embedding_W[adapter].inner_product(scale)
+
+
+def read_factors(layer: LoraLayer, adapter: str) -> list[tuple[str, nn.Parameter, bool]]:
+    """Return the factors A, W1 … Wn, B of a LoRA or LinChain layer as (name, parameter, transposed).
+
+    `transposed` is as in `InnerFactors.chain_factors`.
+    """
+    if adapter in layer.lora_A:
+        first = layer.lora_A[adapter]
+        start = first.chain_factors() if is_chain(first) else [("A", first.weight, True)]
+        return [*start, ("B", layer.lora_B[adapter].weight, True)]
+    inner = getattr(layer, "lora_embedding_W", {})
+    middle = inner[adapter].chain_factors() if adapter in inner else []
+    return [("A", layer.lora_embedding_A[adapter], True), *middle, ("B", layer.lora_embedding_B[adapter], True)]
+
+
+def is_chain(module: nn.Module) -> TypeGuard[InnerFactors]:
+    """Say whether `module` holds factors of a chain."""
+    return isinstance(module, InnerFactors)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # Hooks only run when the module itself is called, and sharding (ZeRO-3, FSDP) gathers its parameters in one.
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
