@@ -14,7 +14,8 @@ import wrapt
 if TYPE_CHECKING:
     from linchain_analysis.adapters import LinChainConfig, LinChainModel, fold_to_lora, method_config
     from linchain_analysis.runs import load_run, load_runs
-    from linchain_analysis.tracking import Tracker, TrackerCallback
+    from linchain_analysis.tracking.callback import TrackerCallback
+    from linchain_analysis.tracking.tracker import Tracker
 
 __version__ = "0.1.0"
 
@@ -25,8 +26,8 @@ _HOMES = {
     "method_config": "linchain_analysis.adapters",
     "load_run": "linchain_analysis.runs",
     "load_runs": "linchain_analysis.runs",
-    "Tracker": "linchain_analysis.tracking",
-    "TrackerCallback": "linchain_analysis.tracking",
+    "Tracker": "linchain_analysis.tracking.tracker",
+    "TrackerCallback": "linchain_analysis.tracking.callback",
 }
 
 __all__ = [

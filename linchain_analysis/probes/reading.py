@@ -139,10 +139,13 @@ class ChainReader:
             group.gradients, group.before = [], []
         return reading, [values[number] for number in first_extra]
 
-    def forget_step(self) -> None:
-        """Drop what was read of a step that turned out not to happen."""
-        for group in self._groups:
-            group.gradients, group.before = [], []
+    @torch.no_grad()
+    def bring_home(self, tensors: Sequence[Tensor]) -> list[Array]:
+        """Bring tensors of a step that is not recorded to the host at once, as float64 arrays."""
+        copy = HostCopy()
+        for tensor in tensors:
+            copy.add(tensor)
+        return copy.fetch()
 
     def _add(self, g: int, i: int, name: str, tensor: Tensor) -> None:
         self._numbers[g, i, name] = self._copy.add(tensor)

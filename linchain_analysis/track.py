@@ -1,0 +1,69 @@
+"""`python -m linchain_analysis.track [--out DIR] SCRIPT [ARGS…]`: track an unchanged training script."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from linchain_analysis.errors import LinchainError
+from linchain_analysis.tracking.launcher import launch
+
+app = typer.Typer(add_completion=False, context_settings={"allow_interspersed_args": False})
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    target: str
+    arguments: list[str]
+    is_module: bool
+    out: Path | None
+    preset: str
+    every: str
+
+
+@app.command()
+def parse(
+    target: Annotated[str, typer.Argument(metavar="SCRIPT", help="The script, or with -m the module, to run.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Passed on as they are.")] = None,
+    is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The run folder [default: runs/SCRIPT-TIME].")] = None,
+    preset: Annotated[str, typer.Option(help="light, standard or full.")] = "standard",
+    every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
+) -> Request:
+    """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""
+    return Request(target, arguments or [], is_module, out, preset, every)
+
+
+def main() -> int:
+    """Parse the command line, run the script and return its exit status."""
+    try:
+        # Parsed here and run below, so that the script's interrupts and exceptions never pass through the parser.
+        request = typer.main.get_command(app)(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    if not isinstance(request, Request):
+        return 0  # --help
+    try:
+        return launch(
+            request.target,
+            request.arguments,
+            is_module=request.is_module,
+            out=request.out,
+            preset=request.preset,
+            every=request.every,
+        )
+    except LinchainError as error:
+        print(f"linchain_analysis: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Every hook and patch through which the tracker sees a training it does not control.
+
+What is watched, and why there:
+    torch.autograd.backward     the loss, whoever computes it: the scalars on which backward is called
+    GradScaler.scale, .step     to undo the scale of a loss, and to see steps that the scaler leaves out
+    clipping by norm or value   gradients must be read before it, and its coefficient kept
+    Optimizer.step              the step itself; a closure is wrapped, since it may hold the whole backward pass
+
+The patches are put in when the first listener comes, and taken out when the last one leaves. Each calls the original
+with what it was given and returns what that returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+
+
+class Listener(Protocol):
+    """What is told of a training. No method may raise."""
+
+    optimizer: Optimizer
+
+    def begin_backward(self) -> None:
+        """A backward pass is about to start."""
+
+    def end_backward(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        """It ended; `losses` are the scalars it started from, detached, with the scale of `scaler` undone."""
+
+    def before_clip(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
+        """Gradients of `parameters` are about to be multiplied by `coef`, or clipped by value if it is None."""
+
+    def before_step(self, scale: Tensor | None) -> None:
+        """The optimiser is about to step; gradients still hold `scale`."""
+
+    def after_step(self, found_inf: Tensor | None) -> None:
+        """The optimiser stepped, or left the step out if `found_inf` is not zero."""
+
+    def step_left_out(self) -> None:
+        """The gradient scaler found Inf or NaN and did not call the optimiser."""
+
+
+class Watch:
+    """One listener's place among the watched: `close` ends it."""
+
+    def __init__(self, listener: Listener) -> None:
+        optimizer = unwrap_optimizer(listener.optimizer)
+        self._listener = listener
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self.num_steps_seen = 0
+        _PATCHES.add(self)
+
+    @property
+    def listener(self) -> Listener:
+        """Who is told."""
+        return self._listener
+
+    def close(self) -> None:
+        """Stop watching; the last to leave takes the patches out."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _PATCHES.remove(self)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._listener.before_step(getattr(optimizer, "grad_scale", None))
+            return None
+        told = False
+
+        def watched_closure(*closure_args: Any, **closure_kwargs: Any) -> Any:
+            nonlocal told
+            result = closure(*closure_args, **closure_kwargs)
+            if not told:  # LBFGS evaluates its closure again; the step's gradient is the first
+                told = True
+                self._listener.before_step(getattr(optimizer, "grad_scale", None))
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched_closure}
+        return (args[0], watched_closure, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.num_steps_seen += 1
+        self._listener.after_step(getattr(optimizer, "found_inf", None))
+
+
+class Scout:
+    """Told of every backward pass, before it is known which optimisers there are."""
+
+    def __init__(self, after_backward: Callable[[Sequence[Tensor], Any], None]) -> None:
+        self.after_backward = after_backward
+        _PATCHES.add(self)
+
+    def close(self) -> None:
+        """Hear no more."""
+        _PATCHES.remove(self)
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimiser inside wrappers such as Accelerate's and Lightning's, which step it in turn."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer  # type: ignore[no-any-return]
+
+
+class _Patches:
+    """The process-wide patches and those they serve."""
+
+    def __init__(self) -> None:
+        self._watches: list[Watch] = []
+        self._scouts: list[Scout] = []
+        self._originals: list[tuple[Any, str, Any, Any]] = []  # owner, name, original, replacement
+        self._lock = threading.RLock()
+        self._busy = threading.local()
+        # What GradScaler.scale was given and returned since the last backward pass, and which scaler it was.
+        self._scaled: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=64)
+
+    def add(self, one: Watch | Scout) -> None:
+        with self._lock:
+            if not self._watches and not self._scouts:
+                self._install()
+            if isinstance(one, Watch):
+                self._watches.append(one)
+            else:
+                self._scouts.append(one)
+
+    def remove(self, one: Watch | Scout) -> None:
+        with self._lock:
+            among: list[Any] = self._watches if isinstance(one, Watch) else self._scouts
+            if one in among:
+                among.remove(one)
+                if not self._watches and not self._scouts:
+                    self._uninstall()
+
+    def _install(self) -> None:
+        scaler = torch.amp.GradScaler
+        self._replace(torch.autograd, "backward", self._backward)
+        self._replace(scaler, "scale", self._scale)
+        self._replace(scaler, "step", self._scaler_step)
+        # `clip_grad_norm_` looks this one up when it is called, so scripts that imported it before are seen as well.
+        self._replace(clip_grad, "_clip_grads_with_norm_", self._clip_by_norm)
+        self._replace(torch.nn.utils, "clip_grads_with_norm_", self._clip_by_norm)
+        for owner in (clip_grad, torch.nn.utils):
+            self._replace(owner, "clip_grad_value_", self._clip_by_value)
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        original = getattr(owner, name, None)
+        if original is None:
+            return
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        replacement.__name__ = getattr(original, "__name__", name)
+        replacement.__doc__ = original.__doc__
+        replacement.__wrapped__ = original  # type: ignore[attr-defined]
+        setattr(owner, name, replacement)
+        self._originals.append((owner, name, original, replacement))
+
+    def _uninstall(self) -> None:
+        for owner, name, original, replacement in reversed(self._originals):
+            if getattr(owner, name, None) is replacement:  # somebody else's later patch stays, around ours
+                setattr(owner, name, original)
+        self._originals = []
+        self._scaled.clear()
+
+    def _listeners(self) -> list[Listener]:
+        return [watch.listener for watch in self._watches]
+
+    def _backward(self, original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self._busy, "backward", False):  # a backward pass inside another is part of it
+            return original(tensors, *args, **kwargs)
+        listeners = self._listeners()
+        scaler = self._scaled[-1][0] if self._scaled else None
+        losses = [self._unscale(t, scaler) for t in _tensors(tensors) if t.numel() == 1]
+        self._scaled.clear()
+        for listener in listeners:
+            listener.begin_backward()
+        self._busy.backward = True
+        try:
+            result = original(tensors, *args, **kwargs)
+        finally:
+            self._busy.backward = False
+        for listener in listeners:
+            listener.end_backward(losses, scaler)
+        for scout in list(self._scouts):
+            scout.after_backward(losses, scaler)
+        return result
+
+    def _unscale(self, loss: Tensor, scaler: Any) -> Tensor:
+        plain: Tensor
+        for _, plain, scaled in self._scaled:
+            if scaled is loss:
+                return plain.detach()
+        if scaler is not None and (scale := scaler._scale) is not None:
+            # Somebody went on computing with the scaled loss, such as dividing it by the accumulation steps.
+            plain = loss.detach() / scale.to(loss.device)
+            return plain
+        return loss.detach()
+
+    def _scale(self, original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+        result = original(scaler, outputs)
+        if scaler.is_enabled() and isinstance(outputs, Tensor) and isinstance(result, Tensor):
+            self._scaled.append((scaler, outputs, result))
+        return result
+
+    def _scaler_step(self, original: Callable[..., Any], scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        watches = [w for w in self._watches if unwrap_optimizer(w.listener.optimizer) is unwrap_optimizer(optimizer)]
+        seen = [watch.num_steps_seen for watch in watches]
+        result = original(scaler, optimizer, *args, **kwargs)
+        for watch, before in zip(watches, seen, strict=True):
+            if watch.num_steps_seen == before:
+                watch.listener.step_left_out()
+        return result
+
+    def _clip_by_norm(
+        self,
+        original: Callable[..., Any],
+        parameters: Any,
+        max_norm: Any,
+        total_norm: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        parameters = _tensors(parameters)
+        with torch.no_grad():  # the same arithmetic as torch.nn.utils.clip_grad
+            coef = torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0)
+        self._tell_of_clipping(parameters, coef)
+        return original(parameters, max_norm, total_norm, *args, **kwargs)
+
+    def _clip_by_value(self, original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        parameters = _tensors(parameters)
+        self._tell_of_clipping(parameters, None)
+        return original(parameters, *args, **kwargs)
+
+    def _tell_of_clipping(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
+        for listener in self._listeners():
+            listener.before_clip(parameters, coef)
+
+
+def scale_left_in(scaler: Any, optimizer: Optimizer) -> Tensor | None:
+    """Return the scale that gradients of `optimizer` still hold, None where `scaler` has taken it out already.
+
+    A script that clips without unscaling first clips scaled gradients.
+    """
+    if scaler is None:
+        return None
+    state = scaler._per_optimizer_states.get(id(unwrap_optimizer(optimizer)))
+    ready = state is None or state["stage"].name == "READY"
+    scale: Tensor | None = scaler._scale if ready else None
+    return scale
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    return list(given) if isinstance(given, Iterable) else []
+
+
+_PATCHES = _Patches()

@@ -1,0 +1,275 @@
+"""From what the hooks tell to the rows of a run: one recorder follows one optimiser."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from linchain_analysis.probes import Chain, ChainReader, Reading
+from linchain_analysis.runs import RunWriter
+from linchain_analysis.tracking.gradients import norm_of_gradients
+from linchain_analysis.tracking.interception import scale_left_in
+from linchain_analysis.tracking.presets import Preset
+from linchain_analysis.tracking.rows import factor_rows, module_rows
+from linchain_analysis.tracking.schedule import Schedule
+
+P = ParamSpec("P")
+_NAN = float("nan")
+
+
+def _guarded(method: Callable[P, None]) -> Callable[P, None]:
+    """Count the recorder's own seconds, keep its exceptions from the training, and silence it once it failed."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        self = args[0]
+        assert isinstance(self, Recorder)
+        if self.failed:
+            return
+        self._entered = time.perf_counter()
+        try:
+            method(*args, **kwargs)
+        except Exception as error:
+            self.failed = True
+            self._fail(error)  # raises it again where the user asked for that
+        finally:
+            self._own_seconds += time.perf_counter() - self._entered
+
+    return guarded
+
+
+@dataclass
+class _Clipping:
+    """What clipping did to the gradients of this step."""
+
+    coef: Tensor | None  # None: clipped by value
+    parameters: set[int]
+
+
+class Recorder:
+    """Listens to one optimiser and writes each of its steps.
+
+    Args:
+        optimizer: The optimiser that is followed (unwrapped).
+        chains: What it trains, among the adapted layers.
+        writer: Where rows go.
+        preset: What is recorded.
+        schedule: Which steps are recorded whole; every step has its row in `steps`.
+        deferred: Whether a step's rows wait for `complete_step`, from somebody who knows the epoch.
+        fail: Told of any exception in here; afterwards nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        chains: Sequence[Chain],
+        writer: RunWriter,
+        preset: Preset,
+        schedule: Schedule,
+        *,
+        deferred: bool,
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self.optimizer = optimizer
+        self.writer = writer
+        self.num_steps = 0
+        self._chains = list(chains)
+        self._reader = ChainReader(chains, cosines=preset.cosines, spectra=preset.spectra)
+        self._schedule = schedule
+        self._deferred = deferred
+        self._fail = fail
+        self.failed = False
+        self._entered = 0.0
+        self._started = False
+        self._watched = _watched_parameters(optimizer, chains)
+        self._versions: list[tuple[int, int]] = []
+        self._losses: list[Tensor] = []
+        self._scaler: Any = None
+        self._clipping: _Clipping | None = None
+        self._read = False  # the gradients of this step have been read
+        self._recording = False
+        self._grad_norm: Tensor | None = None
+        self._learning_rate: Any = None
+        self._own_seconds = 0.0
+        self._last_end = time.perf_counter()
+        self._pending: dict[str, dict[str, Any]] = {}
+
+    # --- what the hooks tell -----------------------------------------------------------------------------------
+
+    @_guarded
+    def begin_backward(self) -> None:
+        """Note the state of the gradients, to see whether this backward pass is about them."""
+        self._versions = [_version(parameter) for parameter in self._watched]
+
+    @_guarded
+    def end_backward(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        """Take the loss, if the backward pass reached a parameter of this optimiser."""
+        reached = any(
+            _version(parameter) != before for parameter, before in zip(self._watched, self._versions, strict=True)
+        )
+        if reached:
+            self._take(losses, scaler)
+
+    @_guarded
+    def catch_up(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        """Take the loss of a backward pass that was over before anybody listened."""
+        self._take(losses, scaler)
+
+    @_guarded
+    def before_clip(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
+        """Read the gradients while they are whole."""
+        clipped = {id(parameter) for parameter in parameters}
+        if not any(id(parameter) in clipped for parameter in self._watched):
+            return
+        if not self._read:
+            self._read_gradients(scale_left_in(self._scaler, self.optimizer))
+        self._clipping = _combine(self._clipping, coef, clipped)
+
+    @_guarded
+    def before_step(self, scale: Tensor | None) -> None:
+        """Read the gradients if nobody clipped them, and copy the factors."""
+        if not self._read:
+            self._read_gradients(scale)
+        self._begin()
+        self._learning_rate = self.optimizer.param_groups[0].get("lr")
+        if self._recording:
+            self._reader.read_before()
+
+    @_guarded
+    def after_step(self, found_inf: Tensor | None) -> None:
+        """Read the factors and write the step."""
+        self._finish(found_inf)
+
+    @_guarded
+    def step_left_out(self) -> None:
+        """Record a step that the gradient scaler did not let happen."""
+        if not self._read:
+            self._read_gradients(None)
+        self._begin()
+        self._learning_rate = self.optimizer.param_groups[0].get("lr")
+        if self._recording:
+            self._reader.read_before()
+        self._finish(torch.ones(()))
+
+    # --- what the tracker asks ---------------------------------------------------------------------------------
+
+    @_guarded
+    def complete_step(self, **values: float) -> None:
+        """Fill in what only the training loop knows of the last step, and write its rows."""
+        if self._pending:
+            steps = self._pending["steps"]
+            steps.update({name: [value] for name, value in values.items()})
+            self._write()
+
+    @_guarded
+    def flush(self) -> None:
+        """Write the rows that still wait."""
+        self._write()
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _take(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        self._losses += losses
+        self._scaler = scaler
+        # What was read at an earlier clipping is not the whole gradient any more.
+        self._read = False
+
+    def _begin(self) -> None:
+        """Before the very first step: remember the factors where delta does not start from a zero product."""
+        if self._started:
+            return
+        self._started = True
+        initial = self._reader.keep_initial()
+        if initial:
+            self.writer.save_initial_factors(initial)
+
+    def _read_gradients(self, scale: Tensor | None) -> None:
+        self._write()  # of the step before, if nobody completed it
+        self._read = True
+        self._recording = self._schedule.wants(self.num_steps + 1, self.writer.bytes_written)
+        self._grad_norm = norm_of_gradients(self.optimizer, scale)
+        if self._recording:
+            self._reader.read_gradients(scale)
+
+    def _finish(self, found_inf: Tensor | None) -> None:
+        self.num_steps += 1
+        clipping = self._clipping
+        by_value = clipping is not None and clipping.coef is None
+        extra = [
+            _scalar(self._grad_norm),
+            _scalar(self._learning_rate),
+            _scalar(_NAN if by_value else 1.0 if clipping is None else clipping.coef),
+            _scalar(0.0 if found_inf is None else found_inf),
+            *(_scalar(loss) for loss in self._losses),
+        ]
+        reading: Reading | None = None
+        if self._recording:
+            reading, values = self._reader.read_after(extra)
+        else:
+            values = self._reader.bring_home(extra)
+        grad_norm, learning_rate, clip_coef, inf, *losses = (float(value) for value in values)
+        now = time.perf_counter()
+        if reading is not None and self._chains:
+            self._pending["modules"] = module_rows(self.num_steps, self._chains, reading)
+            self._pending["factors"] = factor_rows(self.num_steps, self._chains, reading)
+        self._pending["steps"] = {
+            "step": [self.num_steps],
+            "loss": [sum(losses) if losses else _NAN],
+            "learning_rate": [learning_rate],
+            "grad_norm": [grad_norm],
+            "clip_coef": [clip_coef],
+            "skipped": [inf != 0],
+            "seconds": [now - self._last_end],
+        }
+        self._last_end = now
+        self._losses, self._scaler, self._clipping = [], None, None
+        self._read = self._recording = False
+        if not self._deferred:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is pending, the row of `steps` last: it is what makes the others valid."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, {}
+        # The seconds of this very writing are counted with the next step.
+        so_far = time.perf_counter() - self._entered
+        pending["steps"]["track_seconds"] = [self._own_seconds + so_far]
+        self._own_seconds = -so_far
+        for table in ("modules", "factors", "steps"):
+            if table in pending:
+                self.writer.append(table, pending[table])
+
+
+def _watched_parameters(optimizer: Optimizer, chains: Sequence[Chain]) -> list[nn.Parameter]:
+    """Parameters by which a backward pass or a clipping is recognised as this optimiser's."""
+    factors = [factor.parameter for chain in chains for factor in chain.factors]
+    return factors or [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    grad = parameter.grad
+    return (0, 0) if grad is None else (id(grad), grad._version)
+
+
+def _combine(clipping: _Clipping | None, coef: Tensor | None, parameters: set[int]) -> _Clipping:
+    """Join clippings of one step: of the same parameters they multiply, of others the stronger one stands."""
+    if clipping is None:
+        return _Clipping(coef, parameters)
+    if clipping.coef is None or coef is None:
+        return _Clipping(None, clipping.parameters | parameters)
+    both = clipping.coef * coef if clipping.parameters & parameters else torch.minimum(clipping.coef, coef)
+    return _Clipping(both, clipping.parameters | parameters)
+
+
+def _scalar(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(-1)[:1].reshape(()).double()
+    return torch.tensor(_NAN if value is None else float(value), dtype=torch.float64)

@@ -1,0 +1,95 @@
+"""When to record: a function step → bool, given as a number, a function, or a budget for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from linchain_analysis.errors import InputError
+
+Every = int | str | Callable[[int], bool]
+LOG_BUDGET_BYTES = 200_000_000
+_DENSE_STEPS = 100  # the start of a run, where most happens, is always recorded whole
+
+
+class Schedule(Protocol):
+    """Decides which steps are recorded."""
+
+    def wants(self, step: int, bytes_written: int) -> bool:
+        """Return whether `step` (counted from 1) is recorded, `bytes_written` to the log so far."""
+
+
+class EveryN:
+    """The steps n, 2 n, 3 n, …, which are those a Trainer with `logging_steps=n` logs."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
+        return step % self._n == 0
+
+
+class Chosen:
+    """The steps a given function says."""
+
+    def __init__(self, choose: Callable[[int], bool]) -> None:
+        self._choose = choose
+
+    def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
+        return bool(self._choose(step))
+
+
+class Budget:
+    """Every step at first, then thinned so that the log stays under a budget.
+
+    Where the number of steps is known, what is left of the budget is spread evenly over what is left of the run.
+    Where it is not, the distance between recorded steps doubles each time half of the remaining budget is used, so
+    that any length fits.
+    """
+
+    def __init__(self, budget_bytes: int = LOG_BUDGET_BYTES, num_steps: int | None = None) -> None:
+        self._budget = budget_bytes
+        self._num_steps = num_steps
+        self._num_recorded = 0
+        self._stride = 1
+        self._next = 1
+        self._next_thinning = budget_bytes / 2
+
+    def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
+        if step < self._next:
+            return False
+        left = self._budget - bytes_written
+        if left <= 0:
+            return False
+        if step > _DENSE_STEPS:
+            if self._num_steps is not None and step <= self._num_steps:
+                bytes_per_record = bytes_written / max(self._num_recorded, 1)
+                records_left = max(left / max(bytes_per_record, 1.0), 1.0)
+                self._stride = max(1, -(-(self._num_steps - step + 1) // int(records_left)))
+            else:
+                while bytes_written > self._next_thinning:
+                    self._stride *= 2
+                    self._next_thinning += (self._budget - self._next_thinning) / 2
+        self._num_recorded += 1
+        self._next = step + self._stride
+        return True
+
+
+def parse_every(every: Every, num_steps: int | None = None, budget_bytes: int = LOG_BUDGET_BYTES) -> Schedule:
+    """Return the schedule that `every` names: an int, a function step → bool, or "auto"."""
+    if isinstance(every, str) and every.isdigit():
+        every = int(every)
+    if every == "auto":
+        return Budget(budget_bytes, num_steps)
+    if isinstance(every, int) and not isinstance(every, bool) and every >= 1:
+        return EveryN(every)
+    if callable(every):
+        return Chosen(every)
+    raise InputError(
+        "every", expected='a number ≥ 1, a function step → bool or "auto"', got=repr(every), do="pass one of these"
+    )
+
+
+def describe_every(every: Every) -> str:
+    """Return `every` as the manifest keeps it."""
+    return getattr(every, "__name__", "a function") if callable(every) else str(every)

@@ -1,0 +1,325 @@
+"""The tracker for a raw training loop, and what the other ways in are built on."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from linchain_analysis.errors import InputError
+from linchain_analysis.probes import find_chains
+from linchain_analysis.runs import Manifest, RunWriter, append_evals
+from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
+from linchain_analysis.tracking.methods import name_method
+from linchain_analysis.tracking.presets import find_preset
+from linchain_analysis.tracking.recorder import Recorder
+from linchain_analysis.tracking.rows import module_records
+from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
+
+logger = logging.getLogger("linchain_analysis")
+
+
+class Tracker:
+    """Records what every step of an optimiser does to the adapted layers of a model.
+
+    It reads and never writes: weights, optimiser state, random streams and outputs are the same with and without it.
+    A fault in here is reported once, tracking ends, and training goes on.
+
+    Args:
+        model: Holds the adapted layers: a PEFT model, or a model that contains one.
+        optimizer: Trains them; wrappers such as Accelerate's are looked through.
+        path: The run folder. Where it holds a run already, the next free name beside it is taken and said.
+        preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full`.
+        every: Which steps are recorded whole: an int (each n-th), a function step → bool, or "auto" (every step at
+            first, then thinned so that the log stays under `log_budget_bytes`). The table `steps` is complete anyway.
+        method: Name of the method for comparisons; guessed from the adapter where it is not said.
+        problem: Name of what is learned.
+        base_learning_rate: The learning rate before scheduling; the optimiser's at the start where it is not said.
+        init_seed: Seed of the initialisation.
+        data_seed: Seed of the order of the data.
+        extra: Anything else for the manifest, JSON-able.
+        num_steps: Length of the run where it is known, for `every="auto"`.
+        log_budget_bytes: For `every="auto"`.
+        strict: Raise faults of the tracker instead of reporting them.
+
+    Raises:
+        InputError: An argument that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        path: str | Path,
+        *,
+        preset: str = "standard",
+        every: Every = 1,
+        method: str | None = None,
+        problem: str | None = None,
+        base_learning_rate: float | None = None,
+        init_seed: int | None = None,
+        data_seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+        num_steps: int | None = None,
+        log_budget_bytes: int = LOG_BUDGET_BYTES,
+        strict: bool = False,
+        _deferred: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._strict = strict
+        self._writer: RunWriter | None = None
+        self._recorder: Recorder | None = None
+        self._watch: Watch | None = None
+        self._waiting: list[tuple[int, str, Any]] = []  # logged before the first step, or still on a device
+        self._closed = False
+        self._process = os.getpid()
+        chosen, schedule = find_preset(preset), parse_every(every, num_steps, log_budget_bytes)
+        inner = unwrap_optimizer(optimizer)
+        _check(model, inner)
+        try:
+            if not _writes_here():
+                return
+            chains = find_chains(model, inner)
+            self._report_chains(chains)
+            self._writer, self.path = _open_writer(
+                self.path,
+                Manifest(
+                    command=tuple(sys.argv),
+                    method=method or name_method(model),
+                    problem=problem,
+                    preset=preset,
+                    every=describe_every(every),
+                    base_learning_rate=_first_rate(inner) if base_learning_rate is None else base_learning_rate,
+                    init_seed=init_seed,
+                    data_seed=data_seed,
+                    modules=module_records(chains),
+                    extra=dict(extra or {}),
+                ),
+            )
+            self._recorder = Recorder(
+                inner, chains, self._writer, chosen, schedule, deferred=_deferred, fail=self._fail
+            )
+            self._watch = Watch(self._recorder)
+            _OPEN.add(self)
+        except Exception as error:
+            self._fail(error)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(error)
+
+    @property
+    def num_steps(self) -> int:
+        """How many optimiser steps have ended since tracking began."""
+        return self._recorder.num_steps if self._recorder else 0
+
+    def log(self, **values: float | Tensor) -> None:
+        """Add scalars to the last finished step, or to the first one if none has finished.
+
+        A name that is a column of `steps`, such as `loss`, overrides what the tracker saw there. Tensors stay on
+        their device until the next step ends, so that nothing waits for it here.
+
+        Args:
+            values: Numbers or one-element tensors, by name.
+        """
+        try:
+            for name, value in values.items():
+                if name in ("step", "skipped"):
+                    raise InputError("log", expected="a name that tracking does not own", got=name, do="rename it")
+                self._waiting.append((self.num_steps, name, _checked_scalar(name, value)))
+            self._flush_log(ready_only=True)
+        except Exception as error:
+            self._report("log", error)
+
+    def log_eval(self, split: str, **metrics: float | Tensor) -> None:
+        """Add the metrics of one evaluation on `split`, after the last finished step; also after the run has ended."""
+        try:
+            rows = {
+                "step": [self.num_steps] * len(metrics),
+                "split": [split] * len(metrics),
+                "metric": list(metrics),
+                "value": [float(_checked_scalar(name, value)) for name, value in metrics.items()],
+            }
+            if self._writer is None or not metrics:
+                return
+            if self._closed:
+                append_evals(self.path, rows)
+            else:
+                self._writer.append("evals", rows)
+        except Exception as error:
+            self._report("log_eval", error)
+
+    def complete_step(self, **values: float) -> None:
+        """Write the last step with what only the training loop knows of it: `epoch`, `tokens`."""
+        if self._recorder:
+            self._recorder.complete_step(**values)
+
+    def catch_up(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        """Take the loss of a backward pass that was over when this tracker was made."""
+        if self._recorder:
+            self._recorder.catch_up(losses, scaler)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the run as training ended: complete, interrupted by `error`, or failed with it."""
+        self.close(*_ending(error))
+
+    def close(self, status: str = "complete", message: str | None = None) -> None:
+        """End the run: nothing is watched any more, and its tables become Parquet. Closing twice does nothing."""
+        if self._closed or os.getpid() != self._process:  # a forked worker does not end its parent's run
+            return
+        self._closed = True
+        _OPEN.discard(self)
+        try:
+            if self._watch:
+                self._watch.close()
+            if self._recorder:
+                self._recorder.flush()
+            if self._writer:
+                self._flush_log()
+                self._writer.close(status, message)
+        except Exception as error:
+            self._report("close", error)
+
+    def _flush_log(self, *, ready_only: bool = False) -> None:
+        """Hand logged scalars over once there is a step for them, and those on a device once that step is past."""
+        if not self._waiting or not self._writer or (self.num_steps == 0 and not self._closed):
+            return
+        now: list[tuple[int, str, Any]] = []
+        later: list[tuple[int, str, Any]] = []
+        for step, name, value in self._waiting:
+            still_computing = ready_only and _on_device(value) and step == self.num_steps
+            (later if still_computing else now).append((step, name, value))
+        self._waiting = later
+        if now:
+            self._writer.append(
+                "scalars",
+                {
+                    "step": [max(step, 1) for step, _, _ in now],
+                    "name": [name for _, name, _ in now],
+                    "value": [float(value) for _, _, value in now],
+                },
+            )
+
+    def _report_chains(self, chains: list[Any]) -> None:
+        if not chains:
+            logger.warning(
+                "tracker: expected a model with a trainable PEFT adapter, found none; only the table `steps` is "
+                "recorded. Call get_peft_model before the tracker is made, and give it the model that trains."
+            )
+        refused = {chain.refused: chain.module for chain in chains if chain.refused}
+        for reason, module in refused.items():
+            logger.warning(
+                "tracker: delta of %s (and others alike) is not recorded: %s. Its gradients and updates are.",
+                module,
+                reason,
+            )
+
+    def _fail(self, error: Exception) -> None:
+        """End tracking because of a fault of its own."""
+        if self._watch:
+            self._watch.close()
+        if self._writer and not self._closed:
+            self._closed = True
+            _OPEN.discard(self)
+            try:
+                self._writer.close("failed", f"tracking ended: {error}")
+            except Exception as also:
+                logger.warning("tracker: the run folder could not be completed either: %s", also)
+        if self._strict:
+            raise error
+        logger.warning(
+            "tracker: tracking of %s ended after step %d by a fault of its own (%s: %s). Training goes on untracked; "
+            "pass strict=True to see where it came from.",
+            self.path,
+            self.num_steps,
+            type(error).__name__,
+            error,
+        )
+
+    def _report(self, place: str, error: Exception) -> None:
+        if self._strict:
+            raise error
+        logger.warning("tracker.%s: %s (%s); training goes on.", place, error, type(error).__name__)
+
+
+_OPEN: weakref.WeakSet[Tracker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_trackers() -> None:
+    """A process that ends without closing its trackers loses nothing; how it ended is written down."""
+    for tracker in list(_OPEN):
+        tracker.close(*_ending(getattr(sys, "last_value", None), unfinished=True))
+
+
+def _ending(error: BaseException | None, *, unfinished: bool = False) -> tuple[str, str | None]:
+    """Return status and message of a run that ended with `error`."""
+    if isinstance(error, SystemExit) and not error.code:
+        error = None
+    if error is None:
+        return ("interrupted", "the process ended before the tracker was closed") if unfinished else ("complete", None)
+    status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)) else "failed"
+    return status, f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _open_writer(path: Path, manifest: Manifest) -> tuple[RunWriter, Path]:
+    """Open `path`, or the next free name beside it where it holds a run: neither run is lost."""
+    free, number = path, 1
+    while (free / "manifest.json").exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    if free != path:
+        logger.warning("tracker: %s holds a run already; this one is written to %s.", path, free)
+    return RunWriter(free, manifest), free
+
+
+def _writes_here() -> bool:
+    """Whether this process writes: of several that train together, the first does."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def _check(model: object, optimizer: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "model", expected="a torch.nn.Module", got=type(model).__name__, do="pass the model that trains"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise InputError(
+            "optimizer",
+            expected="a torch.optim.Optimizer",
+            got=type(optimizer).__name__,
+            do="pass what steps the model",
+        )
+
+
+def _first_rate(optimizer: Optimizer) -> float | None:
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group.get("lr"))
+    return None if rate is None else float(rate)
+
+
+def _checked_scalar(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise InputError(name, expected="one number", got=f"a tensor of shape {tuple(value.shape)}", do="reduce it")
+        return value.detach().clone() if _on_device(value) else float(value)
+    return float(value)
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
