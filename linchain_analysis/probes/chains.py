@@ -12,6 +12,8 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from linchain_analysis.adapters.layer import read_factors
+
 # A subclass from elsewhere may change the weight in a way of its own, so only these are read as products.
 _PRODUCT_HOMES = ("peft.tuners.lora.", "linchain_analysis.adapters.")
 # Parts of a dotted name that wrappers add: torch.compile, FSDP, activation checkpointing, PEFT's own layers.
@@ -156,17 +158,9 @@ def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
 
 def _product_factors(layer: LoraLayer, adapter: str) -> tuple[Factor, ...]:
     """A, W1 … Wn, B of a LoRA or LinChain layer; empty where the layer keeps its weights in another way."""
-    if adapter in layer.lora_A:
-        first, last = layer.lora_A[adapter], layer.lora_B[adapter].weight
-    elif adapter in layer.lora_embedding_A:
-        first, last = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    else:
+    if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
         return ()
-    if hasattr(first, "chain_factors"):
-        start = tuple(Factor(name, parameter, transposed) for name, parameter, transposed in first.chain_factors())
-    else:
-        start = (Factor("A", first if isinstance(first, nn.Parameter) else first.weight),)
-    return (*start, Factor("B", last))
+    return tuple(Factor(*named) for named in read_factors(layer, adapter))
 
 
 def _refusal(layer: LoraLayer, adapter: str) -> str | None:
@@ -190,7 +184,7 @@ def _refusal(layer: LoraLayer, adapter: str) -> str | None:
 def _other_factors(layer: BaseTunerLayer, adapter: str) -> tuple[Factor, ...]:
     """Every parameter that `adapter` has on this layer, under the name PEFT gives it."""
     factors = []
-    for attribute in layer.adapter_layer_names:
+    for attribute in dict.fromkeys(layer.adapter_layer_names):
         held = getattr(layer, attribute, None)
         if not isinstance(held, (nn.ModuleDict, nn.ParameterDict)) or adapter not in held:
             continue
