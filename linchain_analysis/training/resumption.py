@@ -1,0 +1,82 @@
+"""What of a grid stands in a folder already: complete runs are kept, half-finished ones are made again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linchain_analysis.errors import LinchainError, RunError
+from linchain_analysis.runs import load_run
+from linchain_analysis.training.grid import PlannedRun
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Runs of a grid by what is to be done with them."""
+
+    complete: tuple[PlannedRun, ...]
+    half_finished: tuple[PlannedRun, ...]
+    missing: tuple[PlannedRun, ...]
+
+    @property
+    def to_do(self) -> tuple[PlannedRun, ...]:
+        """Runs that are still to be trained."""
+        return (*self.half_finished, *self.missing)
+
+
+def find_standing(runs: Sequence[PlannedRun], out: Path) -> Standing:
+    """Sort runs, with their settings resolved, by what their folders in `out` hold. Nothing is changed there.
+
+    Raises:
+        RunError: If a folder of that name holds a run of other settings, or something that is no run.
+    """
+    found: dict[str, list[PlannedRun]] = {"complete": [], "half_finished": [], "missing": []}
+    for run in runs:
+        found[_judge(run, out / run.name)].append(run)
+    return Standing(*(tuple(found[key]) for key in ("complete", "half_finished", "missing")))
+
+
+def _judge(run: PlannedRun, folder: Path) -> str:
+    if not folder.exists():
+        return "missing"
+    if folder.is_dir() and not any(folder.iterdir()):
+        return "missing"  # killed before its manifest was written
+    if not (folder / _MANIFEST).is_file():
+        raise RunError(str(folder), expected="a run", got=f"something without {_MANIFEST}", do="move it away")
+    try:
+        manifest = load_run(folder).manifest
+    except LinchainError as error:
+        raise RunError(
+            str(folder),
+            expected="a run that can be read",
+            got=str(error).rstrip("."),
+            do="move it away to train it again",
+        ) from error
+    recorded: dict[str, Any] = dict(manifest.extra.get("settings", {}))
+    planned = run.settings.to_json()
+    other = [name for name, value in planned.items() if name not in recorded or recorded[name] != value]
+    if other:
+        raise RunError(
+            str(folder),
+            expected=", ".join(f"{name} {planned[name]!r}" for name in other),
+            got=", ".join(f"{name} {recorded.get(name)!r}" for name in other),
+            do="choose another output folder, or delete that run to train it again",
+        )
+    return "complete" if manifest.status == "complete" else "half_finished"
+
+
+def clear(folder: Path) -> None:
+    """Delete a half-finished run, so that at no moment a part of it can be taken for a run.
+
+    Its manifest goes last in effect: the folder is renamed out of the way in one step before anything is deleted.
+    """
+    aside = folder.with_name(f".{folder.name}.discarded")
+    if aside.exists():
+        shutil.rmtree(aside)  # left by a deletion that was cut short
+    folder.rename(aside)
+    shutil.rmtree(aside)
