@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from linchain_analysis.errors import InputError
 
 Every = int | str | Callable[[int], bool]
 LOG_BUDGET_BYTES = 200_000_000
+_LONGEST_RUN = 10_000_000  # steps that a run of unknown length is prepared for
 _DENSE_STEPS = 100  # the start of a run, where most happens, is always recorded whole
 
 
@@ -43,36 +45,33 @@ class Budget:
     """Every step at first, then thinned so that the log stays under a budget.
 
     Where the number of steps is known, what is left of the budget is spread evenly over what is left of the run.
-    Where it is not, the distance between recorded steps doubles each time half of the remaining budget is used, so
-    that any length fits.
+    Where it is not, every step is recorded until half of the budget is used, and the other half is spread evenly over
+    the logarithm of the step, so that any length fits.
     """
 
     def __init__(self, budget_bytes: int = LOG_BUDGET_BYTES, num_steps: int | None = None) -> None:
         self._budget = budget_bytes
         self._num_steps = num_steps
         self._num_recorded = 0
-        self._stride = 1
         self._next = 1
-        self._next_thinning = budget_bytes / 2
 
     def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
-        if step < self._next:
+        if step < self._next or bytes_written >= self._budget:
             return False
-        left = self._budget - bytes_written
-        if left <= 0:
-            return False
-        if step > _DENSE_STEPS:
-            if self._num_steps is not None and step <= self._num_steps:
-                bytes_per_record = bytes_written / max(self._num_recorded, 1)
-                records_left = max(left / max(bytes_per_record, 1.0), 1.0)
-                self._stride = max(1, -(-(self._num_steps - step + 1) // int(records_left)))
-            else:
-                while bytes_written > self._next_thinning:
-                    self._stride *= 2
-                    self._next_thinning += (self._budget - self._next_thinning) / 2
+        self._next = step + self._stride(step, bytes_written)
         self._num_recorded += 1
-        self._next = step + self._stride
         return True
+
+    def _stride(self, step: int, bytes_written: int) -> int:
+        if step <= _DENSE_STEPS:
+            return 1
+        bytes_per_record = bytes_written / max(self._num_recorded, 1)
+        records_left = max((self._budget - bytes_written) / max(bytes_per_record, 1.0), 1.0)
+        if self._num_steps is not None and step <= self._num_steps:
+            return math.ceil((self._num_steps - step + 1) / records_left)
+        if bytes_written < self._budget / 2:
+            return 1
+        return math.ceil(step * math.log(max(_LONGEST_RUN / step, math.e)) / records_left)
 
 
 def parse_every(every: Every, num_steps: int | None = None, budget_bytes: int = LOG_BUDGET_BYTES) -> Schedule:
