@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 def main(
     method: Annotated[str, typer.Option(help="Method, such as lora-16, moslora-16 or linchain-3-16.")],
     out: Annotated[Path, typer.Option(help="Run folder, new or empty.")],
-    problem: Annotated[str, typer.Option(help="Built-in problem, for when no --data is given.")] = "sums",
+    problem: Annotated[str | None, typer.Option(help="Built-in problem; sums if no --data is given.")] = None,
     model: Annotated[str | None, typer.Option(help="Another base model: a folder or a hub name.")] = None,
     data: Annotated[
         str | None, typer.Option(help="JSON file of records with instruction, input, output and answer.")

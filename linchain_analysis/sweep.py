@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 def main(
     out: Annotated[Path, typer.Option(help="Folder of runs; what is complete there is not trained again.")],
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas.")] = None,
-    problem: Annotated[str, typer.Option(help="Built-in problem, for when no --data is given.")] = "sums",
+    problem: Annotated[str | None, typer.Option(help="Built-in problem; sums if no --data is given.")] = None,
     learning_rates: Annotated[
         str | None, typer.Option(help="Learning rates, separated by commas; the problem's own if unset.")
     ] = None,

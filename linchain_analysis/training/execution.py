@@ -94,7 +94,7 @@ def plan_runs(grid: Grid) -> tuple[PlannedRun, ...]:
     from linchain_analysis.adapters import method_config
     from linchain_analysis.training.preparation import find_problem
 
-    problem = find_problem(grid.template)
+    problem = find_problem(grid.first_settings)
     problem.load_tokenizer()
     for method in grid.methods:
         method_config(method, target_modules=list(problem.target_modules))

@@ -71,7 +71,7 @@ class Grid:
         return FinetuneSettings.from_json({**self.shared, **own})
 
     @property
-    def template(self) -> FinetuneSettings:
+    def first_settings(self) -> FinetuneSettings:
         """Settings of the grid's first run, which name the problem, the model and the data of all."""
         return self._settings(self.methods[0], next(iter(self.learning_rates), None), self.seeds[0])
 

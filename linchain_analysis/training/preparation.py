@@ -57,7 +57,7 @@ def find_problem(settings: FinetuneSettings) -> TextProblem:
         InputError: If there is no such problem, data file or model, or the model is none for text.
     """
     return load_problem(
-        settings.problem,
+        settings.problem or "sums",
         model=settings.model,
         data=settings.data,
         num_eval=settings.num_eval,

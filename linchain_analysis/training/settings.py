@@ -34,7 +34,7 @@ class FinetuneSettings:
 
     Attributes:
         method: Name of the method, `linchain-3-16` for example (see `method_config`).
-        problem: Name of a built-in problem, for when no `data` is given.
+        problem: Name of a built-in problem; `sums` where there is no `data` either.
         model: Folder or hub name of another base model.
         data: JSON file of records (`instruction`, `input`, `output`, `answer`).
         template: Layout of the prompts.
@@ -57,7 +57,7 @@ class FinetuneSettings:
     """
 
     method: str
-    problem: str = "sums"
+    problem: str | None = None
     model: str | None = None
     data: str | None = None
     template: str | None = None
@@ -79,9 +79,15 @@ class FinetuneSettings:
     save_adapter: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("method", "problem"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InputError(name, expected="a name", got=repr(getattr(self, name)), do="name one")
+        if not isinstance(self.method, str) or not self.method:
+            raise InputError("method", expected="a name", got=repr(self.method), do="name one")
+        if self.problem is not None and self.data is not None:
+            raise InputError(
+                "problem",
+                expected="either a built-in problem or data",
+                got=f"{self.problem} and {self.data}",
+                do="give one of them",
+            )
         for name in ("num_eval", "num_steps", "batch_size"):
             if getattr(self, name) is not None:
                 _require_whole(name, getattr(self, name), least=1)

@@ -233,7 +233,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(shared: di
         ({"methods": ["lora-4", "chainlora-7"]}, "chainlora-7"),
         ({"shared": {**shared, "data": str(tmp_path / "nowhere.json")}}, r"nowhere\.json"),
         ({"shared": {**shared, "model": str(tmp_path / "nomodel")}}, "nomodel"),
-        ({"shared": {**shared, "problem": "riddles"}}, "riddles"),
+        ({"shared": {**shared, "data": None, "problem": "riddles"}}, "riddles"),
     ):
         with pytest.raises(InputError, match=complaint):
             run_grid(Grid(**{"methods": METHODS, "shared": shared, **change}), out, progress=Kept())

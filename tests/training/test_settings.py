@@ -55,6 +55,11 @@ def test_steps_and_epochs_exclude_each_other() -> None:
         FinetuneSettings("lora-16", num_steps=3, epochs=2.0)
 
 
+def test_a_built_in_problem_and_data_exclude_each_other() -> None:
+    with pytest.raises(InputError, match=r"either a built-in problem or data, got sums and my\.json"):
+        FinetuneSettings("lora-16", problem="sums", data="my.json")
+
+
 def test_resolving_fills_in_only_what_is_open() -> None:
     resolved = FinetuneSettings("lora-16", batch_size=2).resolve(Defaults())
     assert (resolved.learning_rate, resolved.num_steps, resolved.batch_size) == (0.25, 70, 2)

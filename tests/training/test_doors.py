@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from linchain_analysis import finetune as finetune_door
+from linchain_analysis import load_run
+from linchain_analysis import sweep as sweep_door
+
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
+STORIES = SHARED / "models/stories260k"
+ARC = SHARED / "data/llm-adapters/ARC-Easy/train.json"
+
+
+def call(door: object, *arguments: object) -> tuple[int, str]:
+    """Return exit code and output of a command, as somebody sees it whose terminal is wide."""
+    app = door.app  # type: ignore[attr-defined]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(part) for part in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: str, tiny_data: str) -> list[str]:
+    return [*("--model", tiny_model, "--data", tiny_data, "--num-eval", "4"), *("--batch-size", "4", "--steps", "4")]
+
+
+def test_finetune_trains_and_tells_what_it_measured(small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, output = call(
+        finetune_door, "--method", "linchain-3-4", "--learning-rate", "0.02", "--out", out, "--every", "2", *small
+    )
+    assert code == 0, output
+    run = load_run(out)
+    assert run.manifest.status == "complete"
+    assert sorted(set(run.modules["step"])) == [2, 4]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    losses = run.evals[run.evals["metric"] == "loss"].sort_values("step")["value"]
+    row = re.search(r"eval loss\D+([\d.]+)\D+([\d.]+)", output)
+    assert row is not None
+    assert [float(value) for value in row.groups()] == pytest.approx(losses.tolist(), rel=1e-3)  # printed: 4 digits
+    assert f"run folder: {out}" in output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--method", "chainlora-7"], "got 'chainlora-7'"),
+        (["--method", "lora-4", "--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1.0"),
+        (["--method", "lora-4", "--every", "often"], "every: expected a whole number of at least 1, got 'often'"),
+        (["--method", "lora-4", "--data", "nowhere.json"], "nowhere.json: expected a readable file"),
+        (["--method", "lora-4", "--model", "./nomodel"], "model ./nomodel: expected a folder with a model"),
+        (["--method", "lora-4", "--problem", "riddles"], "problem: expected one of sums, got 'riddles'"),
+        (["--method", "lora-4", "--steps", "3", "--epochs", "1"], "either steps or epochs, got 3 and 1.0"),
+        ([], "Missing option '--method'"),
+    ],
+)
+def test_finetune_refuses_bad_input_in_one_line(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    code, output = call(finetune_door, "--out", tmp_path / "run", *arguments)
+    assert code == 2
+    assert complaint in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--methods", "lora-4,chainlora-7"], "got 'chainlora-7'"),
+        (["--methods", "lora-4", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--methods", "lora-4", "--learning-rates", "0.1,fast"], "--learning-rates: expected numbers, got 'fast'"),
+        (["--methods", "lora-4", "--learning-rates", "0.1,-0.2"], "learning_rate: expected a number above 0, got -0.2"),
+        (["--methods", "lora-4,,lora-8"], "--methods: expected values separated by commas, got 'lora-4,,lora-8'"),
+        (["--methods", "lora-4", "--demo"], "--methods: expected none beside --demo, got lora-4"),
+        (["--methods", "lora-4", "--workers", "0"], "num_workers: expected at least 1, got 0"),
+        (["--methods", "lora-4", "--data", "nowhere.json"], "nowhere.json: expected a readable file"),
+        ([], "--methods: expected values separated by commas, got ''"),
+    ],
+)
+def test_sweep_refuses_bad_input_in_one_line(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    code, output = call(sweep_door, "--out", tmp_path / "runs", *arguments)
+    assert code == 2
+    assert complaint in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweep_reports_what_failed_prints_a_table_and_goes_on_when_started_again(
+    small: list[str], tmp_path: Path
+) -> None:
+    obstacle = tmp_path / "lora-4_lr0.02_seed1"
+    obstacle.symlink_to(tmp_path / "nowhere" / "at all")  # no run can be written there
+    command = ["--methods", "lora-4,linchain-1-4", "--learning-rates", "0.02", "--seeds", 2, "--workers", 2]
+    code, output = call(sweep_door, "--out", tmp_path, *command, *small)
+    assert code == 1
+    assert f"failed: {obstacle.name}: " in output
+    assert "3 complete runs (0 of them from before)" in output
+    assert "[4/4]" in output  # progress is told where there is no terminal
+
+    obstacle.unlink()
+    code, output = call(sweep_door, "--out", tmp_path, *command, *small)
+    assert code == 0, output
+    assert "3 of 4 runs are complete already" in output
+    assert "4 complete runs (3 of them from before)" in output
+    rows = [line for line in output.splitlines() if re.search(r"│ (lora-4|linchain-1-4) +│ 0.02 +│ 2 ", line)]
+    assert len(rows) == 2
+    for row in rows:
+        assert len(re.findall(r"[\d.e+-]+ \([\d.e+-]+ … [\d.e+-]+\)", row)) == 3  # loss, accuracy, effective rank
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly(small: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "linchain_analysis.sweep", "--out", str(tmp_path), "--methods", "lora-4"]
+    with subprocess.Popen(
+        [*command, "--seeds", "2", "--workers", "2", *small, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*/manifest.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the whole group
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; the same command goes on from here" in output
+    assert "Traceback" not in output and "leaked" not in output
+    assert {load_run(path.parent).manifest.status for path in tmp_path.glob("*/manifest.json")} == {"interrupted"}
+
+
+@pytest.mark.skipif(
+    not (STORIES.is_dir() and ARC.is_file()), reason="the shared model and data are not beside the checkout"
+)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "linchain-3-16",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora-16", "moslora-16", "linchain-2-8")),
+    ],
+)
+def test_a_real_model_learns_from_real_data(method: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, output = call(
+        finetune_door,
+        *("--method", method, "--model", STORIES, "--data", ARC, "--num-eval", "4"),
+        *("--learning-rate", "0.01", "--steps", "12", "--batch-size", "4", "--out", out),
+    )
+    assert code == 0, output
+    run = load_run(out)
+    assert run.manifest.method == method
+    assert run.steps["loss"].iloc[-3:].mean() < 0.9 * run.steps["loss"].iloc[:3].mean()
+    losses = run.evals[run.evals["metric"] == "loss"].set_index("step")["value"]
+    assert losses.loc[12] < 0.9 * losses.loc[0]
+    assert (run.modules.groupby("step")["effective_rank"].min().loc[2:] > 1).all()
