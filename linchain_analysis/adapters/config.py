@@ -41,12 +41,13 @@ class LinChainConfig(LoraConfig):  # type: ignore[misc]
     chain_init: str = field(default="kaiming", metadata={"help": f"One of {', '.join(CHAIN_INITS)}."})
 
     def __post_init__(self) -> None:
-        self.r = _integer("r", self.r, minimum=1)
+        given: Any = self
+        self.r = _integer("r", given.r, minimum=1)
         self.chain_length = _integer("chain_length", self.chain_length, minimum=0)
         if self.chain_width is not None:
             self.chain_width = _integer("chain_width", self.chain_width, minimum=1)
         self.rank_pattern = {
-            key: _integer(f"rank_pattern[{key!r}]", rank, minimum=1) for key, rank in (self.rank_pattern or {}).items()
+            key: _integer(f"rank_pattern[{key!r}]", rank, minimum=1) for key, rank in (given.rank_pattern or {}).items()
         }
         self._check_width()
         self._check_init()

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, _ConvNd
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from linchain_analysis.adapters.chain import ConvFactorChain, InnerFactors
+from linchain_analysis.adapters.chain import ConvFactorChain, FactorChain, InnerFactors
 from linchain_analysis.adapters.config import LinChainConfig
-from linchain_analysis.adapters.layer import ChainEmbedding, ChainLinear, is_chain
+from linchain_analysis.adapters.layer import ChainEmbedding, ChainLinear
 from linchain_analysis.errors import InputError
 
 
@@ -40,7 +40,7 @@ def fold_to_lora(model: nn.Module, adapter_name: str | None = None, *, copy_base
     name = _adapter_to_fold(model, adapter_name)
     folded = copy.deepcopy(model, None if copy_base else _shared_tensors(model))
     for other in [other for other in _configs(folded) if other != name]:
-        _delete(folded, other)
+        cast(Any, folded).delete_adapter(other)
     for layer in _lora_layers(folded):
         _fold_layer(layer, name)
     for module in folded.modules():
@@ -90,10 +90,10 @@ def _fold_layer(layer: LoraLayer, adapter: str, keep_class: bool = False) -> Non
     """Replace the chain of `adapter` by LoRA's own module around the product, and the layer's class by LoRA's own."""
     if isinstance(layer, ChainEmbedding) and adapter in layer.lora_embedding_W:
         first, last = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        product = _exact_product(layer.lora_embedding_W.pop(adapter), first)
+        product = _exact_product(cast(InnerFactors, layer.lora_embedding_W.pop(adapter)), first)
         layer.lora_embedding_A[adapter] = nn.Parameter(product, requires_grad=first.requires_grad)
         layer.lora_embedding_B[adapter] = nn.Parameter(_widened(last), requires_grad=last.requires_grad)
-    elif adapter in layer.lora_A and is_chain(layer.lora_A[adapter]):
+    elif adapter in layer.lora_A and isinstance(layer.lora_A[adapter], FactorChain):
         chain, last = layer.lora_A[adapter], layer.lora_B[adapter]
         first = chain.get_parameter("A")
         layer.lora_A[adapter] = _plain_module(layer, chain, _exact_product(chain, first), first.requires_grad)
@@ -120,7 +120,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.detach()
 
 
-def _plain_module(layer: LoraLayer, chain: InnerFactors, weight: Tensor, requires_grad: bool) -> nn.Module:
+def _plain_module(layer: LoraLayer, chain: FactorChain, weight: Tensor, requires_grad: bool) -> nn.Module:
     module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     if isinstance(chain, ConvFactorChain):
         assert isinstance(layer, _ConvNd)
@@ -167,13 +167,6 @@ def _adapter_to_fold(model: nn.Module, adapter_name: str | None) -> str:
             "fold_to_lora", expected="no merged adapters", got=", ".join(merged), do="call unmerge_adapter() first"
         )
     return adapter_name
-
-
-def _delete(model: nn.Module, adapter: str) -> None:
-    if isinstance(model, PeftModel) or not hasattr(model, "peft_config"):
-        model.delete_adapter(adapter)
-    else:
-        model.delete_adapter(adapter)
 
 
 def _shared_tensors(model: nn.Module) -> dict[int, Any]:

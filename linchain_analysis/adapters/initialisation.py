@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def draw_inner_factors(widths: Sequence[int], init: str, seed: int) -> list[Tens
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     factors = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in pairwise(widths):
         factor = torch.empty(fan_out, fan_in, device="cpu", dtype=torch.float32)
         if init == "identity":
             nn.init.eye_(factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,8 @@ class ChainEmbedding(Embedding):  # type: ignore[misc]
         dtype = first.dtype
         if first.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             first, last = first.float(), last.float()
-        return ((last @ first).t() * self.scaling[adapter]).to(dtype)
+        delta: Tensor = (last @ first).t() * self.scaling[adapter]
+        return delta.to(dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the embeddings of the indices `x`, (…, embedding_dim)."""
@@ -110,8 +111,9 @@ class ChainEmbedding(Embedding):  # type: ignore[misc]
         last: Tensor = self.lora_embedding_B[adapter]
         if adapter not in self.lora_embedding_W:
             return last * scale
+        inner = cast(InnerFactors, self.lora_embedding_W[adapter])
         with torch.autocast(last.device.type, enabled=False):
-            return last @ self.lora_embedding_W[adapter].inner_product(scale)
+            return last @ inner.inner_product(scale)
 
 
 def read_factors(layer: LoraLayer, adapter: str) -> list[tuple[str, nn.Parameter, bool]]:
@@ -121,16 +123,11 @@ def read_factors(layer: LoraLayer, adapter: str) -> list[tuple[str, nn.Parameter
     """
     if adapter in layer.lora_A:
         first = layer.lora_A[adapter]
-        start = first.chain_factors() if is_chain(first) else [("A", first.weight, True)]
+        start = first.chain_factors() if isinstance(first, FactorChain) else [("A", first.weight, True)]
         return [*start, ("B", layer.lora_B[adapter].weight, True)]
     inner = getattr(layer, "lora_embedding_W", {})
     middle = inner[adapter].chain_factors() if adapter in inner else []
     return [("A", layer.lora_embedding_A[adapter], True), *middle, ("B", layer.lora_embedding_B[adapter], True)]
-
-
-def is_chain(module: nn.Module) -> TypeGuard[InnerFactors]:
-    """Say whether `module` holds factors of a chain."""
-    return isinstance(module, InnerFactors)
 
 
 def _is_hooked(module: nn.Module) -> bool:

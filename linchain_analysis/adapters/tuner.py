@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -87,36 +88,40 @@ def _chained_layers(layer: LoraLayer) -> list[LoraLayer]:
 def _put_chain(
     layer: LoraLayer, adapter: str, widths: tuple[int, ...], init: str, tied_to: ChainEmbedding | None
 ) -> None:
-    """Replace the LoRA factor A of `adapter` by a chain of `widths` that starts with it."""
+    """Replace the LoRA factor A of `adapter` by a chain of `widths` that starts with it; for n = 0 leave it alone."""
     if isinstance(layer, Embedding):
-        _adopt(layer)
-        if len(widths) == 1:
-            layer.lora_embedding_W.pop(adapter) if adapter in layer.lora_embedding_W else None
-            return
-        first, last = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        inner = _start_inner(widths, init, like=first, drawn=last)
-        layer.lora_embedding_W[adapter] = InnerFactors(inner, first.requires_grad)
+        _put_embedding_chain(layer, adapter, widths, init)
         return
     if len(widths) == 1:
         return
     module = layer.lora_A[adapter]
-    first = module.weight
     if tied_to is not None:
         # The tied head is the transposed embedding, and so are its factors: they share the embedding's memory.
-        inner = [factor.data.t() for factor in reversed(tied_to.lora_embedding_W[adapter].inner_factors())]
+        embedding_inner = cast(InnerFactors, tied_to.lora_embedding_W[adapter]).inner_factors()
+        inner = [factor.data.t() for factor in reversed(embedding_inner)]
     else:
-        inner = _start_inner(widths, init, like=first, drawn=first)
+        inner = _start_inner(widths, init, like=module.weight, drawn=module.weight)
     if isinstance(layer, _ConvNd):
         layer.lora_A[adapter] = ConvFactorChain(module, inner)
     else:
-        layer.lora_A[adapter] = FactorChain(first.data, inner, first.requires_grad)
+        layer.lora_A[adapter] = FactorChain(module.weight.data, inner, module.weight.requires_grad)
         _adopt(layer)
+
+
+def _put_embedding_chain(layer: Embedding, adapter: str, widths: tuple[int, ...], init: str) -> None:
+    if len(widths) > 1:
+        _adopt(layer)
+        # LoRA starts A at zero here (a row of it is touched only when its token comes by) and draws B.
+        first, last = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        inner = _start_inner(widths, init, like=first, drawn=last)
+        layer.lora_embedding_W[adapter] = InnerFactors(inner, first.requires_grad)
+    elif adapter in getattr(layer, "lora_embedding_W", ()):  # left by a deeper adapter of the same name
+        del layer.lora_embedding_W[adapter]
 
 
 def _start_inner(widths: tuple[int, ...], init: str, like: Tensor, drawn: Tensor) -> list[Tensor]:
     if like.is_meta:
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        return [torch.empty(fan_out, fan_in, device="meta", dtype=like.dtype) for fan_in, fan_out in pairs]
+        return [torch.empty(fan_out, fan_in, device="meta", dtype=like.dtype) for fan_in, fan_out in pairwise(widths)]
     return [factor.to(like.device, like.dtype) for factor in draw_inner_factors(widths, init, seed_from(drawn))]
 
 
