@@ -1,1 +1,24 @@
+"""One figure, one function: each draws runs in paper style and returns the figure with the table it shows."""
 
+from __future__ import annotations
+
+from linchain_analysis.plots.drawn import Drawn
+from linchain_analysis.plots.loss import plot_loss
+from linchain_analysis.plots.norms import plot_gradient_norms, plot_update_norms
+from linchain_analysis.plots.overview import plot_overview
+from linchain_analysis.plots.ranks import plot_effective_rank
+from linchain_analysis.plots.saving import save_figure
+from linchain_analysis.plots.style import WIDTHS, assign_styles, paper_style
+
+__all__ = [
+    "WIDTHS",
+    "Drawn",
+    "assign_styles",
+    "paper_style",
+    "plot_effective_rank",
+    "plot_gradient_norms",
+    "plot_loss",
+    "plot_overview",
+    "plot_update_norms",
+    "save_figure",
+]

@@ -1,0 +1,89 @@
+"""The table that ends a comparison: final loss, accuracy and final effective rank of each method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from linchain_analysis.analysis.methods import sort_methods
+from linchain_analysis.analysis.ranks import measure_ranks
+from linchain_analysis.analysis.replication import (
+    CONDITION,
+    RUN_COLUMNS,
+    check_replicates,
+    name_methods,
+    summarise_over_seeds,
+)
+from linchain_analysis.analysis.trajectories import average_modules
+
+if TYPE_CHECKING:
+    from linchain_analysis.runs import RunSet
+
+MEASURES = ("final_loss", "accuracy", "final_effective_rank")
+FINAL_SHARE = 0.1
+_SPLITS = ("test", "eval")
+
+
+def summarise_methods(runs: RunSet) -> pd.DataFrame:
+    """Return mean and 95 % t interval over seeds of each measure, for each method.
+
+    - `final_loss`: mean training loss of a run's last tenth of steps (at least one), in nats.
+    - `accuracy`: of the last evaluation after training began, in 0 … 1; on `test` where there is such a split, else on
+      `eval`, else on the first by name.
+    - `final_effective_rank`: mean over modules at the last recorded step; modules with delta = 0 have no rank and
+      are left out.
+
+    Returns:
+        `method measure mean low high num_seeds interval num_finite problem base_learning_rate`, one row for each
+        measure that any run of the method has. Diverged runs stay in: where a run's measure is NaN or infinite,
+        `num_finite` is below `num_seeds` and mean, low and high are NaN. low and high are NaN with one seed.
+
+    Raises:
+        InputError: Two runs have the same method, problem, learning rate and seeds.
+    """
+    parts = {
+        "final_loss": find_final_loss(runs),
+        "accuracy": find_accuracy(runs),
+        "final_effective_rank": find_final_effective_rank(runs),
+    }
+    values = name_methods(pd.concat([part.assign(measure=name) for name, part in parts.items()], ignore_index=True))
+    check_replicates(values)
+    table = summarise_over_seeds(values, "value", [*CONDITION, "measure"])
+    order = {method: place for place, method in enumerate(sort_methods(table["method"]))}
+    rank = table["method"].map(order), table["measure"].map(dict(zip(MEASURES, range(3), strict=True)))
+    table = table.iloc[np.lexsort((rank[1], table["base_learning_rate"], rank[0], table["problem"]))]
+    columns = ["method", "measure", "mean", "low", "high", "num_seeds", "interval", "num_finite"]
+    return table[[*columns, "problem", "base_learning_rate"]].reset_index(drop=True)
+
+
+def find_final_loss(runs: RunSet) -> pd.DataFrame:
+    """Return `RUN_COLUMNS` and `value`: the mean loss of each run's last tenth of steps, at least one."""
+    steps = runs.read("steps", columns=["step", "loss"]).sort_values(["run", "step"])
+    later = steps.groupby("run").cumcount(ascending=False)
+    length = steps.groupby("run")["step"].transform("size")
+    last = steps[later < np.maximum(1, np.ceil(FINAL_SHARE * length))]
+    # One virtual module and step: the mean is then the same code, with the same care for NaN, as everywhere.
+    return _value(average_modules(last.assign(step=0), "loss"), "loss")
+
+
+def find_accuracy(runs: RunSet) -> pd.DataFrame:
+    """Return `RUN_COLUMNS` and `value`: the last accuracy measured after training began."""
+    evals = runs.read("evals", columns=["step", "split", "metric", "value"])
+    evals = evals[(evals["metric"] == "accuracy") & (evals["step"] > 0)]
+    splits = sorted(evals["split"].unique(), key=lambda s: (_SPLITS.index(s) if s in _SPLITS else len(_SPLITS), s))
+    return _last_step(evals[evals["split"].isin(splits[:1])])[[*RUN_COLUMNS, "value"]]
+
+
+def find_final_effective_rank(runs: RunSet) -> pd.DataFrame:
+    """Return `RUN_COLUMNS` and `value`: the mean effective rank over modules at each run's last recorded step."""
+    return _value(average_modules(_last_step(measure_ranks(runs)), "effective_rank"), "effective_rank")
+
+
+def _last_step(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
+
+
+def _value(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    return frame[[*RUN_COLUMNS, column]].rename(columns={column: "value"})

@@ -1,0 +1,53 @@
+"""Figure: training loss over steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from linchain_analysis.analysis.caveats import list_caveats
+from linchain_analysis.analysis.replication import Scale
+from linchain_analysis.analysis.trajectories import choose_window, count_steps, trajectories
+from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_axis, require_curves
+from linchain_analysis.plots.drawn import Drawn
+from linchain_analysis.plots.panels import draw_content
+from linchain_analysis.plots.style import WIDTHS
+
+if TYPE_CHECKING:
+    from linchain_analysis.runs import RunSet
+
+_DECADES = 100.0  # means further apart than this are drawn on a logarithmic axis
+
+
+def plot_loss(runs: RunSet, *, width: float = WIDTHS["icml-column"]) -> Drawn:
+    """Draw the training loss of each method: mean over seeds with a 95 % t interval.
+
+    Args:
+        runs: Runs of one problem, each method at one learning rate.
+        width: In inches.
+
+    Raises:
+        InputError: If no loss is finite, or a method stands at several problems or learning rates.
+    """
+    return draw_content(prepare_loss(runs), width=width, panel_height=2.1)
+
+
+def prepare_loss(runs: RunSet) -> Content:
+    """Compute what `plot_loss` draws."""
+    frame = runs.read("steps", columns=["step", "loss"])
+    window = choose_window(count_steps(frame))
+    table = trajectories(frame, "loss", window=window)
+    require_curves("loss", table, "check that the runs have steps, and that their losses are numbers")
+    positive = table["mean"][table["mean"] > 0]
+    wide = positive.size > 0 and table["mean"].min() > 0 and positive.max() > _DECADES * positive.min()
+    scale: Scale = "log" if wide else "linear"
+    table.insert(0, "panel", "all")
+    table.insert(0, "quantity", "loss")
+    return Content(
+        name="loss",
+        table=table,
+        titles={"all": ""},
+        label=label_axis("training loss", "steps", "loss"),
+        scale=scale,
+        sentences=("Training loss.", *describe_bands(table, scale), *list_caveats(frame, table)),
+        columns=define_columns("steps", ["step", "loss"]),
+    )

@@ -1,0 +1,116 @@
+"""Draw curves with bands into panels that share their axes, and the legend above them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from linchain_analysis.plots.content import Content
+from linchain_analysis.plots.drawn import Drawn
+from linchain_analysis.plots.style import MethodStyle, assign_styles, paper_style
+
+MAX_COLUMNS = 5
+_LEGEND_ENTRY_INCHES = 1.35
+
+
+def draw_content(content: Content, *, width: float, panel_height: float) -> Drawn:
+    """Draw one content as a figure of its own.
+
+    Args:
+        content: What to draw.
+        width: Of the figure, in inches.
+        panel_height: Of each row of panels, in inches.
+    """
+    styles = assign_styles(content.methods)
+    with paper_style():
+        height = panel_height * count_rows(content) + legend_height(styles, width)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw_panels(figure, content, styles)
+        draw_legend(figure, styles, width)
+    return Drawn(figure, content.table, " ".join(content.sentences), content.columns)
+
+
+def draw_panels(figure: Figure | SubFigure, content: Content, styles: Mapping[str, MethodStyle]) -> None:
+    """Draw the panels of `content` into `figure`, in rows of at most `MAX_COLUMNS`."""
+    rows = count_rows(content)
+    columns = math.ceil(len(content.titles) / rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    low, high = content.view
+    for axes, (panel, title) in zip(grid.flat, content.titles.items(), strict=False):
+        axes.set_yscale(content.scale, **({"nonpositive": "mask"} if content.scale == "log" else {}))
+        axes.set_ylim(low, high)
+        draw_curves(axes, content.table[content.table["panel"] == panel], styles)
+        axes.set_title(title, pad=3)
+        _tick(axes, content)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(content.titles):
+            axes.set_visible(False)
+        # A panel above an empty place is the last of its column and carries the numbers.
+        elif place + columns >= len(content.titles):
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_xlabel("optimiser step")
+    for axes in grid[:, 0]:
+        axes.set_ylabel(content.label, linespacing=1.0)
+
+
+def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
+    """Draw line and band of every method in `table`; a value that is not finite leaves a gap."""
+    for method, style in styles.items():
+        curve = table[table["method"] == method].sort_values("step")
+        if curve.empty:
+            continue
+        # One step alone is no line, and a dot at each end of a gap keeps single points visible.
+        marker = "o" if len(curve) == 1 else None
+        axes.fill_between(curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.16, linewidth=0)
+        axes.plot(
+            curve["step"],
+            curve["mean"],
+            color=style.color,
+            linestyle=style.linestyle,
+            marker=marker,
+            markersize=3,
+            label=method,
+        )
+
+
+def draw_legend(figure: Figure, styles: Mapping[str, MethodStyle], width: float) -> None:
+    """Draw one legend for the whole figure above its panels, as many methods in a row as `width` inches hold."""
+    handles = [Line2D([], [], color=s.color, linestyle=s.linestyle, label=method) for method, s in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=_legend_columns(styles, width), columnspacing=1.4)
+
+
+def legend_height(styles: Mapping[str, MethodStyle], width: float) -> float:
+    """Return the height in inches that `draw_legend` takes."""
+    return 0.1 + 0.15 * math.ceil(len(styles) / _legend_columns(styles, width))
+
+
+def count_rows(content: Content) -> int:
+    """Return the number of rows in which the panels of `content` stand."""
+    return math.ceil(len(content.titles) / MAX_COLUMNS)
+
+
+def _legend_columns(styles: Mapping[str, MethodStyle], width: float) -> int:
+    fitting = max(1, min(len(styles), int(width / _LEGEND_ENTRY_INCHES)))
+    # Rows of equal length: 4 methods where 3 would fit are two rows of 2.
+    return math.ceil(len(styles) / math.ceil(len(styles) / fitting))
+
+
+def _tick(axes: Axes, content: Content) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
+    if content.scale == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        return
+    low, high = (math.log10(limit) for limit in content.view)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if math.floor(high) - math.ceil(low) >= 1:
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+    else:
+        # Fewer than two powers of ten in view make no scale.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
