@@ -1,0 +1,69 @@
+"""From the columns a caller has to Arrow arrays of the stored types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from linchain_analysis.errors import RunError
+from linchain_analysis.runs.schema import LIVE
+
+
+def to_arrow(table: str, columns: Mapping[str, Any], numbers: Mapping[str, Mapping[str, int]]) -> dict[str, pa.Array]:
+    """Return every stored column of `table`, null where the caller has none.
+
+    Args:
+        table: Which table.
+        columns: Sequences or arrays of one length.
+        numbers: For columns stored as numbers, the number of each name.
+
+    Raises:
+        RunError: A table, column or name that is not known, or columns of different length.
+    """
+    schema = LIVE.get(table)
+    if schema is None:
+        raise RunError("append", expected=f"a table among {', '.join(LIVE)}", got=repr(table), do="check the name")
+    unknown = set(columns) - set(schema.names)
+    lengths = {name: len(values) for name, values in columns.items()}
+    if unknown or len(set(lengths.values())) != 1:
+        got = f"unknown {sorted(unknown)}" if unknown else f"lengths {lengths}"
+        raise RunError(f"append to {table}", expected="known columns of one length", got=got, do="check the caller")
+    length = next(iter(lengths.values()))
+    return {
+        field.name: _array(table, field, columns[field.name], numbers.get(field.name))
+        if field.name in columns
+        else pa.nulls(length, field.type)
+        for field in schema
+    }
+
+
+def _array(table: str, field: pa.Field, values: Any, numbers: Mapping[str, int] | None) -> pa.Array:
+    if numbers is not None:
+        try:
+            values = np.fromiter((numbers[value] for value in values), dtype=np.int32, count=len(values))
+        except KeyError as error:
+            raise RunError(
+                f"append to {table}", expected=f"a {field.name} of the manifest", got=str(error), do="declare it there"
+            ) from None
+    if pa.types.is_list(field.type):
+        return _lists(field.type, values)
+    if pa.types.is_floating(field.type):
+        with np.errstate(over="ignore"):
+            values = np.asarray(values, dtype=np.float64).astype(field.type.to_pandas_dtype())
+    return pa.array(values, type=field.type)
+
+
+def _lists(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
+    """Ragged rows, null where a row is None."""
+    lengths = np.array([0 if row is None else len(row) for row in values])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    rows = [np.asarray(row, dtype=np.float64) for row in values if row is not None]
+    with np.errstate(over="ignore"):
+        flat = np.concatenate(rows).astype(np.float32) if rows else np.zeros(0, np.float32)
+    missing = np.array([row is None for row in values], dtype=bool)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(flat), type=kind, mask=pa.array(missing) if missing.any() else None
+    )

@@ -1,0 +1,225 @@
+"""Read a run: live or complete, whole tables or some columns of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from linchain_analysis.errors import DamageError, InputError, RunError
+from linchain_analysis.runs.derived import SOURCES, derive
+from linchain_analysis.runs.manifest import Manifest, read_manifest
+from linchain_analysis.runs.parquet import name_columns, read_parquet
+from linchain_analysis.runs.schema import BY_STEP, LIVE, stream_name
+from linchain_analysis.runs.streams import read_stream
+from linchain_analysis.runs.writer import numbers_of
+from linchain_analysis.vocabulary import columns_of
+
+FRAMES = ("steps", "modules", "factors", "links", "evals")
+_OF_MODULE = ("kind", "layer")  # from the manifest, for convenience
+
+
+def load_run(path: str | Path, *, damaged: str = "raise") -> Run:
+    """Open a run folder.
+
+    Args:
+        path: The folder. It may be complete, still being written, or left by a process that was killed.
+        damaged: `raise`, or `drop` to read what is certainly right before the damage, with a warning.
+
+    Raises:
+        RunError: There is no run there, or its schema is newer than this reader.
+        DamageError: What is stored is not what was written.
+    """
+    if damaged not in ("raise", "drop"):
+        raise InputError("damaged", expected="raise or drop", got=repr(damaged), do="pass one of these")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunError(str(folder), expected="a run folder", got="no such folder", do="check the path")
+    return Run(folder, read_manifest(folder), drop_damage=damaged == "drop")
+
+
+class Run:
+    """One run. Its tables are pandas frames, read when they are first used and kept.
+
+    Attributes:
+        path: The run folder.
+        manifest: What the run says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, drop_damage: bool = False) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._drop_damage = drop_damage
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, method={self.method!r}, problem={self.problem!r}, status={self.status!r})"
+
+    @property
+    def method(self) -> str | None:
+        """What was trained."""
+        return self.manifest.method
+
+    @property
+    def problem(self) -> str | None:
+        """What was learned."""
+        return self.manifest.problem
+
+    @property
+    def status(self) -> str:
+        """`running`, `complete`, `failed` or `interrupted`."""
+        return self.manifest.status
+
+    @property
+    def base_learning_rate(self) -> float | None:
+        """Learning rate before scheduling."""
+        return self.manifest.base_learning_rate
+
+    @property
+    def init_seed(self) -> int | None:
+        """Seed of the initialisation."""
+        return self.manifest.init_seed
+
+    @property
+    def data_seed(self) -> int | None:
+        """Seed of the order of the data."""
+        return self.manifest.data_seed
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps have their row, without reading any table of a complete run."""
+        entry = self.manifest.tables.get("steps")
+        return int(entry["num_rows"]) if entry is not None else len(self._step_numbers())
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row per optimiser step, with what `log` added."""
+        return self.read("steps")
+
+    @cached_property
+    def modules(self) -> pd.DataFrame:
+        """One row per recorded step and adapted layer."""
+        return self.read("modules")
+
+    @cached_property
+    def factors(self) -> pd.DataFrame:
+        """One row per recorded step, adapted layer and factor."""
+        return self.read("factors")
+
+    @cached_property
+    def links(self) -> pd.DataFrame:
+        """One row per recorded step, adapted layer and pair of neighbouring factors."""
+        return self.read("links")
+
+    @cached_property
+    def evals(self) -> pd.DataFrame:
+        """One row per evaluation, split and metric."""
+        return self.read("evals")
+
+    def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Read `columns` of `table` (all of them by default), computing derived ones.
+
+        Raises:
+            InputError: A table or column that there is not.
+            DamageError: What is stored is not what was written.
+        """
+        if table not in FRAMES:
+            raise InputError(
+                "read", expected=f"a table among {', '.join(FRAMES)}", got=repr(table), do="check the name"
+            )
+        if table == "steps":
+            frame = self._read_steps()
+        else:
+            frame = self._read_rows(table, columns)
+        if columns is None:
+            return frame
+        missing = [name for name in columns if name not in frame]
+        if missing:
+            raise InputError(
+                f"read {table}",
+                expected=f"columns among {', '.join(frame)}",
+                got=", ".join(missing),
+                do="check the name",
+            )
+        return frame[list(columns)]
+
+    def _read_steps(self) -> pd.DataFrame:
+        frame = _to_pandas(self._stored("steps"))
+        scalars = _to_pandas(self._stored("scalars"))
+        if len(scalars):
+            scalars = scalars[scalars["step"].isin(frame["step"])]
+            wide = scalars.pivot_table(index="step", columns="name", values="value", aggfunc="last", dropna=False)
+            for name in wide:
+                given = frame["step"].map(wide[name])
+                said = frame["step"].isin(scalars.loc[scalars["name"] == name, "step"])
+                old = frame[name] if name in frame else pd.Series(np.nan, index=frame.index)
+                frame[name] = old.astype("float64").mask(said, given)
+        return frame
+
+    def _read_rows(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
+        derived = [c.name for c in columns_of(table) if c.derived and (columns is None or c.name in columns)]
+        wanted = None
+        if columns is not None:
+            sources = {source for name in derived for source in SOURCES[name]}
+            stored = set(LIVE[table].names)
+            key = {"step", "module"} & stored
+            wanted = [name for name in LIVE[table].names if name in (set(columns) & stored) | sources | key]
+        rows = self._stored(table, wanted)
+        if table in BY_STEP:
+            rows = rows.filter(pa.compute.is_in(rows["step"], self._step_numbers().cast(rows["step"].type)))
+        values = derive(rows, derived)
+        hidden = [name for name in ("delta_norm", "delta_update_norm") if name in rows.column_names]
+        frame = _to_pandas(rows.drop_columns(hidden))
+        for name in derived:
+            frame[name] = values[name]
+        if "module" in frame and table != "evals":
+            by_name = {record.module: record for record in self.manifest.modules}
+            categories = frame["module"].cat.categories
+            codes = frame["module"].cat.codes
+            for name in _OF_MODULE:
+                if columns is None or name in columns:
+                    of_category = [getattr(by_name[module], name) for module in categories]
+                    kind = "category" if name == "kind" else "Int64"
+                    frame[name] = pd.Series(of_category, dtype="object").reindex(codes).astype(kind).to_numpy()
+                    frame[name] = frame[name].astype(kind)
+        order = [c.name for c in columns_of(table) if c.name in frame]
+        return frame[order + [name for name in frame if name not in order]]
+
+    def _step_numbers(self) -> pa.Array:
+        return self._stored("steps", ["step"])["step"].combine_chunks()
+
+    def _stored(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Stored columns of a table from Parquet or the live stream, modules and factors by name."""
+        for _ in range(2):
+            entry = self.manifest.tables.get(table)
+            if entry is not None:
+                try:
+                    return read_parquet(self.path, entry, columns)
+                except DamageError as error:
+                    if not self._drop_damage:
+                        raise
+                    warnings.warn(f"{error} Nothing of this table is read.", stacklevel=4)
+                    return name_columns(LIVE[table].empty_table(), numbers_of(self.manifest))
+            path = self.path / stream_name(table)
+            try:
+                rows = read_stream(path, LIVE[table], until_damage=self._drop_damage)
+            except FileNotFoundError:
+                # The run was completed after the manifest was read, or is not there.
+                self.manifest = read_manifest(self.path)
+                continue
+            rows = name_columns(rows, numbers_of(self.manifest))
+            return rows if columns is None else rows.select(list(columns))
+        raise DamageError(
+            str(self.path), expected=f"the table {table}", got="no file of it", do="restore the folder from a copy"
+        )
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    frame = table.to_pandas(types_mapper=lambda kind: pd.Int64Dtype() if kind == pa.int64() else None)
+    if "step" in frame:
+        frame["step"] = frame["step"].astype("int64")
+    return frame

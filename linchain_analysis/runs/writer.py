@@ -1,0 +1,127 @@
+"""Write a run folder: live streams while training goes on, Parquet at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import save_file
+
+from linchain_analysis.errors import RunError
+from linchain_analysis.runs.columns import to_arrow
+from linchain_analysis.runs.manifest import MANIFEST, Manifest, now, read_manifest, write_manifest
+from linchain_analysis.runs.parquet import name_columns, read_parquet, write_parquet
+from linchain_analysis.runs.schema import LIVE, TABLES, parquet_name, stream_name
+from linchain_analysis.runs.streams import StreamWriter, read_stream
+
+INITIAL_FACTORS = "initial_factors.safetensors"
+
+
+class RunWriter:
+    """Writes one run.
+
+    Args:
+        path: The run folder, made with its parents. Other files in it, such as checkpoints, are left alone.
+        manifest: What the run says of itself.
+
+    Raises:
+        RunError: The folder holds a run already.
+        OSError: The folder cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        taken = [name for name in _run_files() if (self.path / name).exists()]
+        if taken:
+            raise RunError(
+                str(self.path), expected="a folder without a run", got=", ".join(taken), do="choose another folder"
+            )
+        self.manifest = manifest
+        self.bytes_written = 0
+        self._numbers = numbers_of(manifest)
+        self._closed = False
+        write_manifest(self.path, manifest)
+        self._streams = {table: StreamWriter(self.path / stream_name(table), schema) for table, schema in LIVE.items()}
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change fields of the manifest and write it anew, whole."""
+        self.manifest = replace(self.manifest, **changes)
+        self._numbers = numbers_of(self.manifest)
+        write_manifest(self.path, self.manifest)
+
+    def append(self, table: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> int:
+        """Append rows to `table` and return how many bytes that took.
+
+        Columns that are not given are null. The rows are with the operating system when this returns.
+
+        Raises:
+            RunError: A table, column or name that is not known, columns of different length, or a closed run.
+            OSError: The rows could not be written.
+        """
+        if self._closed:
+            raise RunError(str(self.path), expected="an open run", got="a closed one", do="append before closing")
+        arrays = to_arrow(table, columns, self._numbers)
+        written = self._streams[table].append(arrays)
+        self.bytes_written += written
+        return written
+
+    def save_initial_factors(self, factors: Mapping[str, np.ndarray]) -> None:
+        """Keep the factors that delta is measured from, by `module/factor`."""
+        save_file({name: np.ascontiguousarray(value) for name, value in factors.items()}, self.path / INITIAL_FACTORS)
+
+    def close(self, status: str = "complete", message: str | None = None) -> None:
+        """End the run: tables become Parquet, then the manifest says so, then the streams go.
+
+        A process that dies in between leaves either the streams or all of the Parquet files to be read.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for stream in self._streams.values():
+            stream.close()
+        tables = {}
+        for table in TABLES:
+            rows = read_stream(self.path / stream_name(table), LIVE[table])
+            tables[table] = write_parquet(self.path / parquet_name(table), name_columns(rows, self._numbers))
+        self.update_manifest(status=status, message=message, ended=now(), tables=tables)
+        for table in TABLES:
+            (self.path / stream_name(table)).unlink(missing_ok=True)
+
+
+def append_evals(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Add evaluations to a run that has ended.
+
+    Args:
+        path: The run folder.
+        columns: `step`, `split`, `metric` and `value`, of one length.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if "evals" not in manifest.tables:
+        raise RunError(str(folder), expected="a run that has ended", got=manifest.status, do="use its writer")
+    old = read_parquet(folder, manifest.tables["evals"])
+    new = pa.Table.from_pydict(to_arrow("evals", columns, {}), schema=LIVE["evals"])
+    # Under a name of its own, so that a process that dies here leaves manifest and file in agreement.
+    former = str(manifest.tables["evals"]["file"])
+    number = int(former.removesuffix(".parquet").rpartition("-")[2] or 1) + 1 if "-" in former else 2
+    entry = write_parquet(folder / f"evals-{number}.parquet", pa.concat_tables([old, new]))
+    write_manifest(folder, replace(manifest, tables={**manifest.tables, "evals": entry}))
+    (folder / former).unlink(missing_ok=True)
+
+
+def numbers_of(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """The number of each module and of each name of a factor."""
+    factors = dict.fromkeys(name for record in manifest.modules for name, _ in record.factors)
+    return {
+        "module": {record.module: number for number, record in enumerate(manifest.modules)},
+        "factor": {name: number for number, name in enumerate(factors)},
+    }
+
+
+def _run_files() -> list[str]:
+    return [MANIFEST, *(stream_name(table) for table in TABLES), *(parquet_name(table) for table in TABLES)]
