@@ -37,7 +37,7 @@ class InnerFactors(nn.Module):
         `transposed` says that the chain view of a factor, (d_in, r) or (w_{i-1}, w_i), is the transpose of the stored
         parameter, whose axes after the first count as one.
         """
-        return [(name, self.get_parameter(name), True) for name in self.factor_names]
+        return [(name, getattr(self, name), True) for name in self.factor_names]
 
     def inner_factors(self) -> list[nn.Parameter]:
         """Return W1 … Wn."""
@@ -71,6 +71,8 @@ class FactorChain(InnerFactors):
         requires_grad: Whether the factors train.
     """
 
+    A: nn.Parameter
+
     def __init__(self, first: Tensor, inner: Sequence[Tensor], requires_grad: bool = True) -> None:
         super().__init__((), requires_grad)
         self._hold("A", first, requires_grad)
@@ -89,7 +91,7 @@ class FactorChain(InnerFactors):
 
     def fold_first(self, product: Tensor) -> Tensor:
         """Return `product` (r, r) times A, in the shape of A."""
-        first: Tensor = self.get_parameter("A")
+        first: Tensor = self.A
         with torch.autocast(first.device.type, enabled=False):
             return (product @ first.flatten(1)).view(first.shape)
 

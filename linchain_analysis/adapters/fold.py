@@ -95,7 +95,7 @@ def _fold_layer(layer: LoraLayer, adapter: str, keep_class: bool = False) -> Non
         layer.lora_embedding_B[adapter] = nn.Parameter(_widened(last), requires_grad=last.requires_grad)
     elif adapter in layer.lora_A and isinstance(layer.lora_A[adapter], FactorChain):
         chain, last = layer.lora_A[adapter], layer.lora_B[adapter]
-        first = chain.get_parameter("A")
+        first = chain.A
         layer.lora_A[adapter] = _plain_module(layer, chain, _exact_product(chain, first), first.requires_grad)
         if last.weight.dtype != _widened(last.weight).dtype:
             layer.lora_B[adapter] = copy.deepcopy(last).to(torch.float32)

@@ -92,7 +92,8 @@ def _put_chain(
     if isinstance(layer, Embedding):
         _put_embedding_chain(layer, adapter, widths, init)
         return
-    if len(widths) == 1:
+    # A layer class that the user registered with PEFT for a module of their own may keep its factors elsewhere.
+    if len(widths) == 1 or adapter not in layer.lora_A:
         return
     module = layer.lora_A[adapter]
     if tied_to is not None:
