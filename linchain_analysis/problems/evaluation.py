@@ -41,16 +41,23 @@ def answer_records(
     questions = [problem.encode_question(record, tokenizer) for record in records]
     if longest is not None:
         questions = [question[-longest:] for question in questions]
-    # Questions of about one length are asked together, so that little is spent on padding.
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
-    responses = [""] * len(questions)
+    return complete_prompts(model, tokenizer, questions, num_new, batch_size)
+
+
+def complete_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Return the model's greedy completion of each prompt of token ids, decoded without special tokens."""
+    # Prompts of about one length go together, so that little is spent on padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions = [""] * len(prompts)
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            completions = _complete(model, tokenizer, [questions[index] for index in batch], num_new)
-            for index, response in zip(batch, completions, strict=True):
-                responses[index] = response
-    return responses
+            texts = _complete(model, tokenizer, [prompts[index] for index in batch], max_new_tokens)
+            for index, text in zip(batch, texts, strict=True):
+                completions[index] = text
+    return completions
 
 
 @contextmanager
@@ -65,17 +72,17 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _complete(model: Any, tokenizer: Any, questions: Sequence[Sequence[int]], num_new: int) -> list[str]:
-    longest = max(len(question) for question in questions)
-    # On the left, so that what is generated stands right behind every question.
-    num_padded = [longest - len(question) for question in questions]
-    ids = torch.tensor([[tokenizer.pad_token_id] * n + list(q) for n, q in zip(num_padded, questions, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * len(q) for n, q in zip(num_padded, questions, strict=True)])
+def _complete(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    longest = max(len(prompt) for prompt in prompts)
+    # On the left, so that what is generated stands right behind every prompt.
+    num_padded = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[tokenizer.pad_token_id] * n + list(p) for n, p in zip(num_padded, prompts, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(num_padded, prompts, strict=True)])
     device = next(model.parameters()).device
     generated = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=num_new,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,7 +1,8 @@
 """The text on which the built-in model is pretrained: numbers, sums and one-step stories, generated on the fly.
 
 It holds every ingredient of the built-in problem (`sums`) and not the problem: the people, things and verbs occur in
-stories of one step, sums of two steps only as figures, and the number triples that the problem holds out nowhere.
+stories of one step, sums of two steps only as bare figures and verbs, no question is ever asked, and the number
+triples that the problem holds out occur nowhere.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from linchain_analysis.problems.sums import LARGEST, OBJECTS, PEOPLE, list_triples, tell_change
+from linchain_analysis.problems.sums import LARGEST, OBJECTS, PEOPLE, Triple, list_triples, tell_change
 
 _DIGIT_NAMES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _TEEN_NAMES = ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 NUMBER_NAMES = (
     *("zero", *_DIGIT_NAMES, "ten", *_TEEN_NAMES),
-    *("twenty", *(f"twenty-{digit}" for digit in _DIGIT_NAMES), "thirty"),
+    "twenty",
 )
 
 # A document is a prompt and what completes it, which is what an accuracy can be measured on.
@@ -50,8 +51,13 @@ def add_in_words(generator: random.Random) -> Document:
 
 def add_twice_in_figures(generator: random.Random) -> Document:
     """Return a sum of two steps in figures, of no held-out triple: "8 + 4 - 3 = ", "9"."""
-    triple = generator.choice(list_triples(held_out=False))
-    return f"{_write_sum(*triple)} = ", str(sum(triple))
+    return write_two_steps(generator.choice(list_triples(held_out=False)))
+
+
+def add_twice_in_verbs(generator: random.Random) -> Document:
+    """Return a sum of two steps in verbs, of no held-out triple: "8 gets 4 loses 3: ", "9"."""
+    start, first, second = generator.choice(list_triples(held_out=False))
+    return f"{start} {tell_change(first, generator)} {tell_change(second, generator)}: ", str(start + first + second)
 
 
 def tell_step(generator: random.Random) -> Document:
@@ -64,22 +70,23 @@ def tell_step(generator: random.Random) -> Document:
 
 
 def write_story_as_sum(generator: random.Random) -> Document:
-    """Return a story of one step and its sum in figures: "Tom has 8 figs. He gets 4. ", "8 + 4 = 12"."""
+    """Return a story of one step and its sum: "Tom has 8 figs. He gets 4. So ", "8 + 4 = 12"."""
     start, change = _draw_step(generator)
     name, pronoun = generator.choice(tuple(PEOPLE.items()))
-    story = f"{name} has {start} {generator.choice(OBJECTS)}. {pronoun} {tell_change(change, generator)}. "
+    story = f"{name} has {start} {generator.choice(OBJECTS)}. {pronoun} {tell_change(change, generator)}. So "
     return story, f"{_write_sum(start, change)} = {start + change}"
 
 
 # What the mixture holds, and the share of documents of each kind.
 MIXTURE: dict[Callable[[random.Random], Document], float] = {
-    count_on: 0.04,
-    name_number: 0.04,
-    add_in_figures: 0.16,
-    add_in_words: 0.10,
-    add_twice_in_figures: 0.36,
-    tell_step: 0.20,
-    write_story_as_sum: 0.10,
+    count_on: 0.05,
+    name_number: 0.05,
+    add_in_figures: 0.15,
+    add_in_words: 0.05,
+    add_twice_in_figures: 0.30,
+    add_twice_in_verbs: 0.20,
+    tell_step: 0.15,
+    write_story_as_sum: 0.05,
 }
 
 
@@ -89,6 +96,11 @@ def draw_documents(generator: random.Random) -> Iterator[Document]:
     while True:
         (kind,) = generator.choices(kinds, shares)
         yield kind(generator)
+
+
+def write_two_steps(triple: Triple) -> Document:
+    """Return the sum of these numbers in figures."""
+    return f"{_write_sum(*triple)} = ", str(sum(triple))
 
 
 def _draw_step(generator: random.Random) -> tuple[int, int]:

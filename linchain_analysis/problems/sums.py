@@ -21,9 +21,9 @@ PEOPLE = {
 OBJECTS = ("figs", "nuts", "pens", "eggs", "caps", "toys", "cups", "keys", "pears", "coins", "books", "cards")
 GAINS = ("gets", "finds", "buys", "wins")
 LOSSES = ("loses", "sells", "drops", "gives")
-LARGEST = 30  # of every number in a problem, its answer and what is held in between included
+LARGEST = 20  # of every number in a problem, its answer and what is held in between included
 
-_STARTS = range(2, 21)
+_STARTS = range(1, 13)
 _CHANGES = tuple(change for size in range(1, 10) for change in (size, -size))
 _HELD_OUT_BYTES = 51  # of 256: a fifth of the triples
 
