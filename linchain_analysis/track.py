@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from linchain_analysis.errors import LinchainError
@@ -28,6 +27,9 @@ class Request:
     every: str
 
 
+_REQUESTS: list[Request] = []
+
+
 @app.command()
 def parse(
     target: Annotated[str, typer.Argument(metavar="SCRIPT", help="The script, or with -m the module, to run.")],
@@ -36,21 +38,20 @@ def parse(
     out: Annotated[Path | None, typer.Option(help="The run folder [default: runs/SCRIPT-TIME].")] = None,
     preset: Annotated[str, typer.Option(help="light, standard or full.")] = "standard",
     every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
-) -> Request:
+) -> None:
     """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""
-    return Request(target, arguments or [], is_module, out, preset, every)
+    _REQUESTS.append(Request(target, arguments or [], is_module, out, preset, every))
 
 
 def main() -> int:
     """Parse the command line, run the script and return its exit status."""
+    # Parsed here and run below, so that the script's interrupts and exceptions never pass through the parser.
     try:
-        # Parsed here and run below, so that the script's interrupts and exceptions never pass through the parser.
-        request = typer.main.get_command(app)(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    if not isinstance(request, Request):
-        return 0  # --help
+        typer.main.get_command(app)()
+    except SystemExit:
+        if not _REQUESTS:  # --help, or a mistake that has been said
+            raise
+    request = _REQUESTS.pop()
     try:
         return launch(
             request.target,

@@ -131,17 +131,14 @@ class Run:
             raise InputError(
                 "read", expected=f"a table among {', '.join(FRAMES)}", got=repr(table), do="check the name"
             )
-        if table == "steps":
-            frame = self._read_steps()
-        else:
-            frame = self._read_rows(table, columns)
+        frame = self._read_steps() if table == "steps" else self._read_rows(table, columns)
         if columns is None:
             return frame
         missing = [name for name in columns if name not in frame]
         if missing:
             raise InputError(
                 f"read {table}",
-                expected=f"columns among {', '.join(frame)}",
+                expected=f"columns among {', '.join(map(str, frame.columns))}",
                 got=", ".join(missing),
                 do="check the name",
             )
@@ -176,18 +173,18 @@ class Run:
         frame = _to_pandas(rows.drop_columns(hidden))
         for name in derived:
             frame[name] = values[name]
-        if "module" in frame and table != "evals":
-            by_name = {record.module: record for record in self.manifest.modules}
-            categories = frame["module"].cat.categories
-            codes = frame["module"].cat.codes
-            for name in _OF_MODULE:
-                if columns is None or name in columns:
-                    of_category = [getattr(by_name[module], name) for module in categories]
-                    kind = "category" if name == "kind" else "Int64"
-                    frame[name] = pd.Series(of_category, dtype="object").reindex(codes).astype(kind).to_numpy()
-                    frame[name] = frame[name].astype(kind)
+        if "module" in frame:
+            self._describe_modules(frame, [n for n in _OF_MODULE if columns is None or n in columns])
         order = [c.name for c in columns_of(table) if c.name in frame]
-        return frame[order + [name for name in frame if name not in order]]
+        return frame[order + [name for name in frame.columns if name not in order]]
+
+    def _describe_modules(self, frame: pd.DataFrame, names: Sequence[str]) -> None:
+        """Add columns of the manifest's module table."""
+        records = {record.module: record for record in self.manifest.modules}
+        for name in names:
+            by_module = {module: getattr(record, name) for module, record in records.items()}
+            values = frame["module"].map(by_module)
+            frame[name] = values.astype("category") if name == "kind" else values.astype("Int64")
 
     def _step_numbers(self) -> pa.Array:
         return self._stored("steps", ["step"])["step"].combine_chunks()
@@ -219,7 +216,7 @@ class Run:
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    frame = table.to_pandas(types_mapper=lambda kind: pd.Int64Dtype() if kind == pa.int64() else None)
+    frame: pd.DataFrame = table.to_pandas(types_mapper=lambda kind: pd.Int64Dtype() if kind == pa.int64() else None)
     if "step" in frame:
         frame["step"] = frame["step"].astype("int64")
     return frame

@@ -64,7 +64,8 @@ def launch(
     except BaseException as error:
         session.end(error)
         # As Python itself would print it: without the frames of this launcher.
-        sys.excepthook(type(error), error, _from_script(error.__traceback__))
+        error.__traceback__ = _from_script(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     session.end(None)
     return 0

@@ -95,6 +95,7 @@ class Recorder:
         self._clipping: _Clipping | None = None
         self._read = False  # the gradients of this step have been read
         self._recording = False
+        self._stepping = False
         self._grad_norm: Tensor | None = None
         self._learning_rate: Any = None
         self._own_seconds = 0.0
@@ -137,6 +138,7 @@ class Recorder:
         """Read the gradients if nobody clipped them, and copy the factors."""
         if not self._read:
             self._read_gradients(scale)
+        self._stepping = True
         self._begin()
         self._learning_rate = self.optimizer.param_groups[0].get("lr")
         if self._recording:
@@ -176,6 +178,8 @@ class Recorder:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _take(self, losses: Sequence[Tensor], scaler: Any) -> None:
+        if self._stepping:  # LBFGS evaluates its closure again; the step's loss and gradient are the first
+            return
         self._losses += losses
         self._scaler = scaler
         # What was read at an earlier clipping is not the whole gradient any more.
@@ -230,7 +234,7 @@ class Recorder:
         }
         self._last_end = now
         self._losses, self._scaler, self._clipping = [], None, None
-        self._read = self._recording = False
+        self._read = self._recording = self._stepping = False
         if not self._deferred:
             self._write()
 

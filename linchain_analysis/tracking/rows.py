@@ -30,13 +30,17 @@ def module_records(chains: Sequence[Chain]) -> tuple[ModuleRecord, ...]:
 
 
 def module_rows(step: int, chains: Sequence[Chain], reading: Reading) -> dict[str, Any]:
-    """Return the columns of one step of `modules`."""
+    """Return the columns of one step of `modules`; norms by themselves only where no spectrum says them."""
+    norms = {}
+    if all(spectrum is None for spectrum in reading.delta_spectrum):
+        norms = {"delta_norm": reading.delta_norm, "delta_update_norm": reading.delta_update_norm}
     return {
         "step": np.full(len(chains), step),
         "module": [chain.module for chain in chains],
         "spectrum": reading.delta_spectrum,
         "delta_update_spectrum": reading.delta_update_spectrum,
         "descent_cosine": reading.descent_cosine,
+        **norms,
     }
 
 

@@ -148,7 +148,7 @@ class Tracker:
     def log_eval(self, split: str, **metrics: float | Tensor) -> None:
         """Add the metrics of one evaluation on `split`, after the last finished step; also after the run has ended."""
         try:
-            rows = {
+            rows: dict[str, list[Any]] = {
                 "step": [self.num_steps] * len(metrics),
                 "split": [split] * len(metrics),
                 "metric": list(metrics),

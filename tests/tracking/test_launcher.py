@@ -66,10 +66,10 @@ def launch(folder: Path, *arguments: str, tracked: bool = True, out: str = "run"
 
 
 def test_a_script_runs_as_without_and_is_tracked_from_its_first_step(tmp_path: Path) -> None:
-    plain = launch(tmp_path, "--out", "mine", "--", tracked=False)
-    tracked = launch(tmp_path, "--out", "mine", "--")
+    plain = launch(tmp_path, "--out", "mine", tracked=False)
+    tracked = launch(tmp_path, "--out", "mine")
     assert (tracked.returncode, tracked.stdout) == (0, plain.stdout)
-    assert tracked.stdout.startswith("['--out', 'mine', '--']")
+    assert tracked.stdout.startswith("['--out', 'mine']")
     printed = np.array([[float(word) for word in line.split()] for line in tracked.stdout.splitlines()[1:]])
     run = load_run(tmp_path / "run")
     assert run.status == "complete"
@@ -80,7 +80,7 @@ def test_a_script_runs_as_without_and_is_tracked_from_its_first_step(tmp_path: P
         "model.layers.0.self_attn.v_proj",
     ]
     assert run.modules["step"].nunique() == 3
-    assert run.manifest.command[1:] == ("--out", "mine", "--")
+    assert run.manifest.command[1:] == ("--out", "mine")
 
 
 def test_exit_status_and_traceback_are_the_script_s_own(tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def test_a_killed_script_keeps_its_steps(tmp_path: Path) -> None:
 def test_a_module_runs_too_and_a_script_without_adapters_runs_on(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text("import sys, torch\nprint(sys.argv[1:], __name__)\n")
     done = subprocess.run(
-        [sys.executable, "-m", "linchain_analysis.track", "-m", "plain", "-x", "--preset"],
+        [sys.executable, "-m", "linchain_analysis.track", "-m", "plain", "-x", "--", "--preset"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stdout) == (0, "['-x', '--preset'] __main__\n")
+    assert (done.returncode, done.stdout) == (0, "['-x', '--', '--preset'] __main__\n")
     assert "nothing was tracked" in done.stderr
     assert not (tmp_path / "runs").exists()
 

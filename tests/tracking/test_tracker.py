@@ -295,6 +295,27 @@ def test_nothing_stays_patched(tmp_path: Path) -> None:
     assert (torch.autograd.backward, torch.amp.GradScaler.step, torch.nn.utils.clip_grads_with_norm_) == before
 
 
+def test_light_has_the_norms_of_standard_and_no_spectra(tmp_path: Path) -> None:
+    runs = {}
+    for preset in ("light", "standard"):
+        model = adapted("linchain-3-4")
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        with Tracker(model, optimizer, tmp_path / preset, preset=preset, strict=True):
+            for seed in range(3):
+                step(model, optimizer, seed)
+        runs[preset] = load_run(tmp_path / preset)
+    light, standard = runs["light"], runs["standard"]
+    for column in ("delta_norm", "delta_update_norm"):
+        np.testing.assert_allclose(light.modules[column], standard.modules[column], rtol=1e-6)  # stored as float32
+    for column in ("grad_norm", "update_norm", "weight_norm", "update_ratio"):
+        np.testing.assert_array_equal(light.factors[column], standard.factors[column])
+    assert light.modules["spectrum"].isna().all()
+    for column in ("effective_rank", "stable_rank", "descent_cosine"):
+        assert light.modules[column].isna().all()
+        assert standard.modules[column].notna().all()
+    assert light.factors["grad_cosine_previous"].isna().all()
+
+
 def test_arguments_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     model = adapted("lora-4")
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
