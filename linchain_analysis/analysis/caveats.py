@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from linchain_analysis.analysis.methods import sort_methods
-from linchain_analysis.analysis.replication import name_methods
+from linchain_analysis.analysis.replication import complete_labels
 
 
 def list_caveats(frame: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
@@ -16,7 +16,7 @@ def list_caveats(frame: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
         curves: What `trajectories` made of them.
     """
     sentences = []
-    ends = name_methods(frame).groupby(["method", "run"])["step"].max()
+    ends = complete_labels(frame).groupby(["method", "run"], observed=True)["step"].max()
     for method in sort_methods(ends.index.get_level_values("method")):
         lengths = ends.loc[method]
         if lengths.min() < lengths.max():

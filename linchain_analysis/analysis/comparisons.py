@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from linchain_analysis.analysis.replication import UNNAMED, complete_labels
 from linchain_analysis.errors import InputError
 
 
@@ -33,9 +34,9 @@ def split_comparisons(catalogue: pd.DataFrame) -> list[Comparison]:
         catalogue: One row per run, with `run method problem base_learning_rate`.
     """
     comparisons = []
-    for problem, same in catalogue.groupby("problem", dropna=False, sort=True):
+    for problem, same in complete_labels(catalogue).groupby("problem", sort=True):
         name = _slug(problem)
-        if (same.groupby("method", dropna=False)["base_learning_rate"].nunique(dropna=False) <= 1).all():
+        if (same.groupby("method")["base_learning_rate"].nunique(dropna=False) <= 1).all():
             comparisons.append(Comparison(name, tuple(same["run"])))
             continue
         for rate, part in same.groupby("base_learning_rate", dropna=False, sort=True):
@@ -62,5 +63,5 @@ def require_one_condition(frame: pd.DataFrame) -> None:
 
 
 def _slug(value: Hashable) -> str:
-    text = "unnamed" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)  # type: ignore[call-overload]
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "unnamed"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or UNNAMED

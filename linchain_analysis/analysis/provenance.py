@@ -10,9 +10,24 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PACKAGES = ("linchain-analysis", "matplotlib", "numpy", "pandas", "pyarrow", "scipy")
+if TYPE_CHECKING:
+    from linchain_analysis.runs import Run
+
+_SAID = (
+    "method",
+    "problem",
+    "base_learning_rate",
+    "init_seed",
+    "data_seed",
+    "preset",
+    "every",
+    "status",
+    "started",
+    "schema_version",
+)
+_PACKAGES = ("linchain-analysis", "matplotlib", "numpy", "pandas", "pyarrow", "scipy")
 
 
 def describe_origin(command: Sequence[str], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -22,7 +37,7 @@ def describe_origin(command: Sequence[str], runs: Sequence[dict[str, Any]]) -> d
 
     Args:
         command: The command line, one argument each.
-        runs: What `describe_run` said of each run.
+        runs: What `describe_runs` said.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     now = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
@@ -31,14 +46,22 @@ def describe_origin(command: Sequence[str], runs: Sequence[dict[str, Any]]) -> d
         "date": now.isoformat(timespec="seconds"),
         "git": describe_commit(Path.cwd()),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "runs": list(runs),
     }
 
 
-def describe_run(folder: Path, key_fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's place relative to the working directory, its `key_fields` and the checksum of its files."""
-    return {"path": tell_path(folder), **key_fields, "sha256": checksum(folder)}
+def describe_runs(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Return each run's place relative to the working directory, what its manifest says, and its files' checksum."""
+    return [
+        {
+            "path": tell_path(run.path),
+            **{name: getattr(run.manifest, name) for name in _SAID},
+            "packages": dict(run.manifest.packages),
+            "sha256": checksum(run.path),
+        }
+        for run in runs
+    ]
 
 
 def checksum(folder: Path) -> str:

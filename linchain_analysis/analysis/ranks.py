@@ -33,11 +33,11 @@ def measure_ranks(runs: RunSet) -> pd.DataFrame:
         last for 90 % of Σσ². Rows with delta = 0 or without a stored spectrum are left out, since no rank is defined
         there; a spectrum with NaN or Inf stays, as NaN. Empty where no run stored spectra.
     """
-    frame = runs.read("modules", columns=["step", "module", "spectrum"])
+    frame: pd.DataFrame = runs.read("modules", columns=["step", "module", "spectrum"])
     frame = frame[frame["spectrum"].notna()]
     sigma = stack_spectra(frame["spectrum"])
     moved = (sigma != 0).any(axis=-1)  # NaN counts as moved
-    table = frame.loc[moved, [*RUN_COLUMNS, "step", "module"]].reset_index(drop=True)
+    table: pd.DataFrame = frame.loc[moved, [*RUN_COLUMNS, "step", "module"]].reset_index(drop=True)
     return table.assign(**{name: measure(sigma[moved]) for name, measure in RANKS.items()})
 
 

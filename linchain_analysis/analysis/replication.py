@@ -28,9 +28,12 @@ RUN_INTERVAL = INTERVAL.replace("seeds", "runs (seeds not recorded)")
 LOG_RUN_INTERVAL = LOG_INTERVAL.replace("seeds", "runs (seeds not recorded)")
 
 
-def name_methods(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with `unnamed` for the method of runs that know none."""
-    return frame.assign(method=frame["method"].astype(object).where(frame["method"].notna(), UNNAMED))
+def complete_labels(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return `frame` with `unnamed` for a method or problem that a run does not know, and NaN for a learning rate."""
+    names = {
+        name: frame[name].astype(object).where(frame[name].notna(), UNNAMED) for name in ("run", "method", "problem")
+    }
+    return frame.assign(**names, base_learning_rate=pd.to_numeric(frame["base_learning_rate"]).astype(np.float64))
 
 
 def check_replicates(frame: pd.DataFrame) -> None:

@@ -13,7 +13,7 @@ from linchain_analysis.analysis.replication import (
     CONDITION,
     RUN_COLUMNS,
     check_replicates,
-    name_methods,
+    complete_labels,
     summarise_over_seeds,
 )
 from linchain_analysis.analysis.trajectories import average_modules
@@ -48,7 +48,7 @@ def summarise_methods(runs: RunSet) -> pd.DataFrame:
         "accuracy": find_accuracy(runs),
         "final_effective_rank": find_final_effective_rank(runs),
     }
-    values = name_methods(pd.concat([part.assign(measure=name) for name, part in parts.items()], ignore_index=True))
+    values = complete_labels(pd.concat([part.assign(measure=name) for name, part in parts.items()], ignore_index=True))
     check_replicates(values)
     table = summarise_over_seeds(values, "value", [*CONDITION, "measure"])
     order = {method: place for place, method in enumerate(sort_methods(table["method"]))}
@@ -61,8 +61,8 @@ def summarise_methods(runs: RunSet) -> pd.DataFrame:
 def find_final_loss(runs: RunSet) -> pd.DataFrame:
     """Return `RUN_COLUMNS` and `value`: the mean loss of each run's last tenth of steps, at least one."""
     steps = runs.read("steps", columns=["step", "loss"]).sort_values(["run", "step"])
-    later = steps.groupby("run").cumcount(ascending=False)
-    length = steps.groupby("run")["step"].transform("size")
+    later = steps.groupby("run", observed=True).cumcount(ascending=False)
+    length = steps.groupby("run", observed=True)["step"].transform("size")
     last = steps[later < np.maximum(1, np.ceil(FINAL_SHARE * length))]
     # One virtual module and step: the mean is then the same code, with the same care for NaN, as everywhere.
     return _value(average_modules(last.assign(step=0), "loss"), "loss")
@@ -82,7 +82,7 @@ def find_final_effective_rank(runs: RunSet) -> pd.DataFrame:
 
 
 def _last_step(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
+    return frame[frame["step"] == frame.groupby("run", observed=True)["step"].transform("max")]
 
 
 def _value(frame: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from linchain_analysis.analysis.replication import (
     RUN_COLUMNS,
     Scale,
     check_replicates,
-    name_methods,
+    complete_labels,
     summarise_over_seeds,
 )
 
@@ -83,7 +83,7 @@ def trajectories(
     Raises:
         InputError: Two runs have the same condition and seeds.
     """
-    frame = name_methods(frame)
+    frame = complete_labels(frame)
     check_replicates(frame)
     averaged = average_modules(frame, value, by)
     groups = [*CONDITION, *by]
@@ -97,7 +97,7 @@ def trajectories(
 
 def _align(rows: pd.DataFrame, value: str, window: int, scale: Scale) -> pd.DataFrame:
     """Bring the smoothed runs of one group to common steps; `rows` are sorted by run and step."""
-    runs: dict[Hashable, pd.DataFrame] = dict(iter(rows.groupby("run", sort=False)))
+    runs: dict[Hashable, pd.DataFrame] = dict(iter(rows.groupby("run", sort=False, observed=True)))
     first = max(int(run["step"].iloc[0]) for run in runs.values())
     last = min(int(run["step"].iloc[-1]) for run in runs.values())
     grid = np.unique(rows["step"].to_numpy())
@@ -129,4 +129,4 @@ def choose_window(num_steps: int) -> int:
 
 def count_steps(frame: pd.DataFrame) -> int:
     """Return how many steps the longest run recorded, 0 for an empty frame."""
-    return 0 if frame.empty else int(frame.groupby("run")["step"].nunique().max())
+    return 0 if frame.empty else int(frame.groupby("run", observed=True)["step"].nunique().max())

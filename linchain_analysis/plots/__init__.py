@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linchain_analysis.plots.drawn import Drawn
+from linchain_analysis.plots.gallery import FIGURES, Gallery, draw_gallery
 from linchain_analysis.plots.loss import plot_loss
 from linchain_analysis.plots.norms import plot_gradient_norms, plot_update_norms
 from linchain_analysis.plots.overview import plot_overview
@@ -11,9 +12,12 @@ from linchain_analysis.plots.saving import save_figure
 from linchain_analysis.plots.style import WIDTHS, assign_styles, paper_style
 
 __all__ = [
+    "FIGURES",
     "WIDTHS",
     "Drawn",
+    "Gallery",
     "assign_styles",
+    "draw_gallery",
     "paper_style",
     "plot_effective_rank",
     "plot_gradient_norms",

@@ -33,6 +33,8 @@ class Content:
         scale: Of the y axis.
         sentences: The caption: what is shown first, then how it was averaged, then caveats.
         columns: Definitions of the columns it was computed from.
+        width: Of a figure of its own, in inches.
+        panel_height: Of a row of panels there, in inches.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Content:
     scale: Scale
     sentences: tuple[str, ...]
     columns: tuple[Column, ...]
+    width: float
+    panel_height: float
 
     @property
     def methods(self) -> list[str]:

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 _DECADES = 100.0  # means further apart than this are drawn on a logarithmic axis
 
 
-def plot_loss(runs: RunSet, *, width: float = WIDTHS["icml-column"]) -> Drawn:
+def plot_loss(runs: RunSet, *, width: float | None = None) -> Drawn:
     """Draw the training loss of each method: mean over seeds with a 95 % t interval.
 
     Args:
         runs: Runs of one problem, each method at one learning rate.
-        width: In inches.
+        width: In inches; a column of ICML if unset.
 
     Raises:
         InputError: If no loss is finite, or a method stands at several problems or learning rates.
     """
-    return draw_content(prepare_loss(runs), width=width, panel_height=2.1)
+    return draw_content(prepare_loss(runs), width)
 
 
 def prepare_loss(runs: RunSet) -> Content:
@@ -50,4 +50,6 @@ def prepare_loss(runs: RunSet) -> Content:
         scale=scale,
         sentences=("Training loss.", *describe_bands(table, scale), *list_caveats(frame, table)),
         columns=define_columns("steps", ["step", "loss"]),
+        width=WIDTHS["icml-column"],
+        panel_height=2.1,
     )

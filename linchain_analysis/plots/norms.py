@@ -21,30 +21,30 @@ _GAUGE = (
 )
 
 
-def plot_gradient_norms(runs: RunSet, *, width: float = WIDTHS["icml-page"]) -> Drawn:
+def plot_gradient_norms(runs: RunSet, *, width: float | None = None) -> Drawn:
     """Draw the gradient norm of each factor, one panel for each: geometric mean over seeds with a 95 % t interval.
 
     Args:
         runs: Runs of one problem, each method at one learning rate.
-        width: In inches.
+        width: In inches; a page of ICML if unset.
 
     Raises:
         InputError: If no run recorded factors, or a method stands at several problems or learning rates.
     """
-    return draw_content(prepare_gradient_norms(runs), width=width, panel_height=1.7)
+    return draw_content(prepare_gradient_norms(runs), width)
 
 
-def plot_update_norms(runs: RunSet, *, width: float = WIDTHS["icml-page"]) -> Drawn:
+def plot_update_norms(runs: RunSet, *, width: float | None = None) -> Drawn:
     """Draw the norm of each factor's update, as `plot_gradient_norms` draws gradients.
 
     Args:
         runs: Runs of one problem, each method at one learning rate.
-        width: In inches.
+        width: In inches; a page of ICML if unset.
 
     Raises:
         InputError: As `plot_gradient_norms`.
     """
-    return draw_content(prepare_update_norms(runs), width=width, panel_height=1.7)
+    return draw_content(prepare_update_norms(runs), width)
 
 
 def prepare_gradient_norms(runs: RunSet) -> Content:
@@ -84,6 +84,8 @@ def _prepare(runs: RunSet, column: str, name: str, words: str, meaning: str) -> 
         scale="log",
         sentences=(meaning, *describe_bands(table, "log"), _GAUGE, *list_caveats(frame, table)),
         columns=define_columns("factors", ["step", "module", "factor", column]),
+        width=WIDTHS["icml-page"],
+        panel_height=1.7,
     )
 
 

@@ -19,17 +19,17 @@ MAX_COLUMNS = 5
 _LEGEND_ENTRY_INCHES = 1.35
 
 
-def draw_content(content: Content, *, width: float, panel_height: float) -> Drawn:
+def draw_content(content: Content, width: float | None = None) -> Drawn:
     """Draw one content as a figure of its own.
 
     Args:
         content: What to draw.
-        width: Of the figure, in inches.
-        panel_height: Of each row of panels, in inches.
+        width: Of the figure, in inches; the content's own if unset.
     """
+    width = content.width if width is None else width
     styles = assign_styles(content.methods)
     with paper_style():
-        height = panel_height * count_rows(content) + legend_height(styles, width)
+        height = content.panel_height * count_rows(content) + legend_height(styles, width)
         figure = Figure(figsize=(width, height), layout="constrained")
         draw_panels(figure, content, styles)
         draw_legend(figure, styles, width)

@@ -29,17 +29,17 @@ _MEANING = (
 )
 
 
-def plot_effective_rank(runs: RunSet, *, width: float = WIDTHS["icml-page"]) -> Drawn:
+def plot_effective_rank(runs: RunSet, *, width: float | None = None) -> Drawn:
     """Draw the effective rank of delta, and beside it two ranks that weigh the tail of the spectrum less.
 
     Args:
         runs: Runs of one problem, each method at one learning rate.
-        width: In inches.
+        width: In inches; a page of ICML if unset.
 
     Raises:
         InputError: If no run stored spectra, or a method stands at several problems or learning rates.
     """
-    return draw_content(prepare_effective_rank(runs), width=width, panel_height=2.0)
+    return draw_content(prepare_effective_rank(runs), width)
 
 
 def prepare_effective_rank(runs: RunSet) -> Content:
@@ -62,4 +62,6 @@ def prepare_effective_rank(runs: RunSet) -> Content:
         scale="linear",
         sentences=(_MEANING, *describe_bands(table, "linear"), *caveats),
         columns=define_columns("modules", ["step", "module", "spectrum", "effective_rank", "stable_rank"]),
+        width=WIDTHS["icml-page"],
+        panel_height=2.0,
     )

@@ -1,0 +1,84 @@
+"""`python -m linchain_analysis.figures`: draw runs, with what was drawn and where it came from beside every figure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linchain_analysis.errors import InputError, LinchainError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+
+_NAMES = ("overview", "loss", "effective-rank", "gradient-norms", "update-norms")
+_FORMATS = ("pdf", "png", "svg")
+
+
+@app.command()
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")],
+    only: Annotated[str | None, typer.Option(help=f"Some figures, separated by commas: {', '.join(_NAMES)}.")] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help=f"Formats, separated by commas: {', '.join(_FORMATS)}.")
+    ] = "pdf,png",
+) -> None:
+    """Draw loss, ranks, gradient norms and update norms of RUNS: an overview in --out, each figure in a folder below.
+
+    Runs of several problems, or of one method at several learning rates, are not drawn together: each comparison gets
+    a folder of its own.
+    """
+    num_figures = 0
+    try:
+        names = _NAMES if only is None else _choose(only, _NAMES, "--only")
+        for folder in _draw(runs, out, names, _choose(formats, _FORMATS, "--format")):
+            typer.echo(f"drawn: {folder}")
+            num_figures += 1
+    except LinchainError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if not num_figures:
+        raise typer.Exit(1)
+
+
+def _choose(text: str, known: Sequence[str], option: str) -> list[str]:
+    chosen = [part.strip() for part in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise InputError(option, expected=f"names among {', '.join(known)}", got=repr(name), do="correct the name")
+    return chosen
+
+
+def _draw(paths: Sequence[Path], out: Path, names: Sequence[str], formats: Sequence[str]) -> Iterator[Path]:
+    """Draw and save every comparison, and yield the folder of each figure as it is written."""
+    # Here and not above: a wrong option should be refused before matplotlib and pandas are loaded.
+    from linchain_analysis.analysis.comparisons import split_comparisons
+    from linchain_analysis.analysis.provenance import describe_origin, describe_runs
+    from linchain_analysis.plots import draw_gallery, save_figure
+    from linchain_analysis.runs import load_runs
+
+    found = load_runs(paths)
+    unfinished = [
+        f"{name} ({run.status})" for run, name in zip(found.runs, found.names, strict=True) if run.status != "complete"
+    ]
+    if unfinished:
+        typer.echo(f"drawn as far as they got: {', '.join(unfinished)}", err=True)
+    comparisons = split_comparisons(found.catalogue)
+    for comparison in comparisons:
+        chosen = load_runs([run for run, name in zip(found.runs, found.names, strict=True) if name in comparison.runs])
+        gallery = draw_gallery(chosen, names)
+        for reason in gallery.left_out:
+            typer.echo(f"left out: {reason}", err=True)
+        home = out / comparison.name if len(comparisons) > 1 else out
+        origin = describe_origin(["python", "-m", "linchain_analysis.figures", *sys.argv[1:]], describe_runs(chosen))
+        for name, drawn in gallery.figures.items():
+            folder = home if name == "overview" else home / name
+            save_figure(drawn, folder, origin, formats)
+            yield folder
+
+
+if __name__ == "__main__":
+    app()
