@@ -44,8 +44,8 @@ def find_standing(runs: Sequence[PlannedRun], out: Path) -> Standing:
 def _judge(run: PlannedRun, folder: Path) -> str:
     if not folder.exists():
         return "missing"
-    if folder.is_dir() and not any(folder.iterdir()):
-        return "missing"  # killed before its manifest was written
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {f"{_MANIFEST}.part"}:
+        return "half_finished"  # killed before its manifest was whole
     if not (folder / _MANIFEST).is_file():
         raise RunError(str(folder), expected="a run", got=f"something without {_MANIFEST}", do="move it away")
     try:

