@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,15 @@ def to_arrow(table: str, columns: Mapping[str, Any], numbers: Mapping[str, Mappi
     return {
         field.name: _array(table, field, columns[field.name], numbers.get(field.name))
         if field.name in columns
-        else pa.nulls(length, field.type)
+        else _nulls(length, field.type)
         for field in schema
     }
+
+
+@lru_cache(maxsize=64)
+def _nulls(length: int, kind: pa.DataType) -> pa.Array:
+    # `pa.nulls` shares one oversized buffer, which IPC cuts to size: the checksum would not be that of what is read.
+    return pa.array([None] * length, type=kind)
 
 
 def _array(table: str, field: pa.Field, values: Any, numbers: Mapping[str, int] | None) -> pa.Array:

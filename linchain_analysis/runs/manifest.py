@@ -120,8 +120,9 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest of `folder` whole: a reader sees the old one or the new one."""
-    content = json.dumps(asdict(manifest), sort_keys=True)
-    document = {"crc32": zlib.crc32(content.encode()), **json.loads(content)}
+    # Through JSON once before the checksum is taken: keys that are numbers are sorted otherwise as text.
+    values = json.loads(json.dumps(asdict(manifest)))
+    document = {"crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode()), **values}
     part = folder / f"{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=1)

@@ -165,9 +165,11 @@ class Run:
             stored = set(LIVE[table].names)
             key = {"step", "module"} & stored
             wanted = [name for name in LIVE[table].names if name in (set(columns) & stored) | sources | key]
+        # The steps first: of a run that is being written, every row of these is there by now.
+        finished = self._step_numbers() if table in BY_STEP else None
         rows = self._stored(table, wanted)
-        if table in BY_STEP:
-            rows = rows.filter(pa.compute.is_in(rows["step"], self._step_numbers().cast(rows["step"].type)))
+        if finished is not None:
+            rows = rows.filter(pa.compute.is_in(rows["step"], finished.cast(rows["step"].type)))
         values = derive(rows, derived)
         hidden = [name for name in ("delta_norm", "delta_update_norm") if name in rows.column_names]
         frame = _to_pandas(rows.drop_columns(hidden))
@@ -208,6 +210,9 @@ class Run:
                 # The run was completed after the manifest was read, or is not there.
                 self.manifest = read_manifest(self.path)
                 continue
+            if self.manifest.ended is None:
+                # Modules may have been declared after this run was opened.
+                self.manifest = read_manifest(self.path)
             rows = name_columns(rows, numbers_of(self.manifest))
             return rows if columns is None else rows.select(list(columns))
         raise DamageError(

@@ -7,6 +7,7 @@ other fault is damage: without the checksum most flipped bits would read as othe
 from __future__ import annotations
 
 import io
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,9 +30,12 @@ class StreamWriter:
         self._writer = pa.ipc.new_stream(pa.PythonFile(self._collected, mode="w"), schema)
         self._schema = schema
         self._num_batches = 0
+        self._fault: OSError | None = None
 
     def append(self, columns: Mapping[str, pa.Array]) -> int:
         """Write one batch and return how many bytes that took."""
+        if self._fault is not None:
+            raise self._fault
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         crc = checksum(batch, self._num_batches)
         self._writer.write_batch(
@@ -42,18 +46,28 @@ class StreamWriter:
 
     def close(self) -> None:
         """Write the end mark and close the file."""
-        self._writer.close()
-        self._hand_over()
-        self._file.close()
+        try:
+            self._writer.close()
+            if self._fault is None:
+                self._hand_over()
+        finally:
+            self._file.close()
 
     def _hand_over(self) -> int:
         """Give what Arrow wrote to the operating system in one call, so that a kill cuts at most this batch."""
         data = self._collected.getvalue()
         self._collected.seek(0)
         self._collected.truncate()
+        start = self._file.tell()
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            # What came after half a batch would be damage, so the stream ends where its last whole batch does.
+            self._fault = error
+            self._file.truncate(start)
+            raise
         return len(data)
 
 
@@ -74,7 +88,7 @@ def read_stream(path: Path, schema: pa.Schema, *, until_damage: bool = False) ->
     Args:
         path: The file.
         schema: What it must hold.
-        until_damage: Return what stands before damage instead of raising.
+        until_damage: Return what stands before damage, with a warning, instead of raising.
 
     Raises:
         DamageError: A batch is wrong, or something that is no batch stands before the end.
@@ -86,6 +100,7 @@ def read_stream(path: Path, schema: pa.Schema, *, until_damage: bool = False) ->
     except _Damage as damage:
         if not until_damage:
             raise _error(path, damage) from None
+        warnings.warn(f"{path}: {damage}; {len(damage.before)} batches before it are read.", stacklevel=2)
         batches = damage.before
     return pa.Table.from_batches(batches, schema=schema)
 

@@ -1,0 +1,77 @@
+"""Make the runs in `data/schema-1`: run once when a schema version is released, then keep what it made for ever.
+
+The values are simple functions of step and place, so that a test can know them without this script.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter
+
+NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+FACTORS = (("A", (6, 2)), ("W1", (2, 2)), ("B", (2, 4)))
+MODULES = tuple(
+    ModuleRecord(name, name.rpartition(".")[2], layer, "default", 6, 4, 2.0, FACTORS, refused="DoRA" if layer else None)
+    for layer, name in enumerate(NAMES)
+)
+MANIFEST = Manifest(
+    command=("train.py",),
+    method="moslora-2",
+    problem="sums",
+    base_learning_rate=0.01,
+    init_seed=1,
+    data_seed=2,
+    modules=MODULES,
+    packages={"linchain-analysis": "0.1.0"},
+    hardware={},
+    started="2026-01-01T00:00:00+00:00",
+)
+
+
+def write_step(writer: RunWriter, step: int) -> None:
+    """Append what one step records: sigma = (3, 4)·step / (4, 3) of q_proj, up_proj is refused."""
+    writer.append(
+        "modules",
+        {
+            "step": [step, step],
+            "module": list(NAMES),
+            "spectrum": [np.array([4.0, 3.0]) * step, None],
+            "delta_update_spectrum": [np.array([1.0, 1.0, 0.0]), None],
+            "descent_cosine": [0.5, -0.25],
+        },
+    )
+    rows = [(module, factor) for module in NAMES for factor, _ in FACTORS]
+    writer.append(
+        "factors",
+        {
+            "step": [step] * len(rows),
+            "module": [module for module, _ in rows],
+            "factor": [factor for _, factor in rows],
+            "grad_norm": [step + place / 8 for place in range(len(rows))],
+        },
+    )
+    writer.append("steps", {"step": [step], "loss": [1 / step], "learning_rate": [0.01], "skipped": [False]})
+
+
+def write_run(path: Path, num_steps: int) -> RunWriter:
+    """Write a run and leave it open."""
+    writer = RunWriter(path, MANIFEST)
+    writer.append("evals", {"step": [0], "split": ["eval"], "metric": ["accuracy"], "value": [0.125]})
+    for step in range(1, num_steps + 1):
+        write_step(writer, step)
+    writer.append("scalars", {"step": [2, 2, 99], "name": ["loss", "aux", "loss"], "value": [7.0, 8.0, 9.0]})
+    return writer
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write_run(folder / "complete", 3).close()
+    killed = write_run(folder / "killed", 3)
+    # A step whose row of `steps` was never written, and a batch that a kill cut short.
+    killed.append("modules", {"step": [4], "module": [NAMES[0]], "spectrum": [np.array([9.0])]})
+    stream = folder / "killed" / "factors.arrows"
+    stream.write_bytes(stream.read_bytes()[:-40])

@@ -1,0 +1,151 @@
+"""What a run folder holds after writing, after faults and after a kill at any moment of `close`."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs.make_schema_run import MANIFEST, NAMES, write_run, write_step
+
+from linchain_analysis.errors import RunError
+from linchain_analysis.runs import Manifest, RunWriter, load_run, load_runs
+from linchain_analysis.runs import writer as writing
+
+TABLES = ("steps", "modules", "factors", "links", "evals")
+DATA = Path(__file__).parent / "data" / "schema-1"
+
+
+@pytest.mark.parametrize("form", ["complete", "killed"])
+def test_schema_1_reads_as_it_was_written(form: str) -> None:
+    run = load_run(DATA / form)
+    assert run.status == ("complete" if form == "complete" else "running")
+    assert (run.method, run.init_seed, run.data_seed) == ("moslora-2", 1, 2)
+    assert run.steps["loss"].tolist() == [1.0, 7.0, 1 / 3]  # `log` overrode the second
+    assert np.isnan(run.steps["aux"].to_numpy()[[0, 2]]).all()
+    measured = run.modules[run.modules["module"] == NAMES[0]]
+    assert measured["step"].tolist() == [1, 2, 3]
+    np.testing.assert_allclose(measured["delta_norm"], [5.0, 10.0, 15.0], rtol=1e-12)
+    np.testing.assert_allclose(measured["stable_rank"], 25 / 16, rtol=1e-12)
+    np.testing.assert_allclose(measured["delta_update_effective_rank"], 2.0, rtol=1e-12)
+    refused = run.modules[run.modules["module"] == NAMES[1]]
+    assert refused["delta_norm"].isna().all()
+    assert refused["descent_cosine"].tolist() == [-0.25] * 3
+    whole = 3 if form == "complete" else 2  # the kill cut the third step's factors
+    assert run.factors["grad_norm"].tolist() == [s + p / 8 for s in range(1, whole + 1) for p in range(6)]
+    assert run.evals["value"].tolist() == [0.125]
+
+
+def test_a_kill_anywhere_in_close_leaves_the_run_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    write_run(tmp_path / "intact", 3).close()
+    whole = {table: load_run(tmp_path / "intact").read(table) for table in TABLES}
+    num_calls = 0
+    moments = [(writing, "write_parquet"), (writing, "write_manifest"), (Path, "unlink")]
+    for kill_at in range(1, 100):
+        writer = write_run(tmp_path / "run", 3)
+        num_calls = 0
+        with monkeypatch.context() as patch:
+            for owner, name in moments:
+                original = getattr(owner, name)
+
+                def counted(*args: Any, original: Any = original, last: int = kill_at, **kwargs: Any) -> Any:
+                    nonlocal num_calls
+                    num_calls += 1
+                    if num_calls == last:
+                        raise Killed
+                    return original(*args, **kwargs)
+
+                patch.setattr(owner, name, counted)
+            try:
+                writer.close()
+                killed = False
+            except Killed:
+                killed = True
+        run = load_run(tmp_path / "run")
+        for table in TABLES:
+            pd.testing.assert_frame_equal(run.read(table), whole[table], check_categorical=False)
+        shutil.rmtree(tmp_path / "run")
+        if not killed:
+            break
+    assert kill_at > 12  # six tables, the manifest, six streams
+
+
+def test_a_full_disk_ends_the_stream_at_its_last_whole_batch(tmp_path: Path) -> None:
+    writer = write_run(tmp_path / "run", 2)
+    stream = writer._streams["steps"]
+    real = stream._file
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def write(self, data: bytes) -> int:
+            if len(data) < 40:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return int(real.write(data[: len(data) // 2]))
+
+    stream._file = Full()
+    with pytest.raises(OSError, match="No space left"):
+        write_step(writer, 3)
+    stream._file = real
+    with pytest.raises(OSError, match="No space left"):
+        write_step(writer, 4)
+    assert load_run(tmp_path / "run").steps["step"].tolist() == [1, 2]
+    writer.close("failed", "disk full")
+    run = load_run(tmp_path / "run")
+    assert (run.status, run.manifest.message) == ("failed", "disk full")
+    assert run.modules["step"].tolist() == [1, 1, 2, 2]
+
+
+def test_modules_declared_after_opening_are_known_when_read(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", Manifest(command=("x",)))
+    run = load_run(tmp_path / "run")
+    writer.update_manifest(modules=MANIFEST.modules)
+    write_step(writer, 1)
+    assert run.modules["module"].tolist() == list(NAMES)
+
+
+def test_numbers_as_keys_of_extra_do_not_read_as_damage(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "run", Manifest(command=("x",), extra={"by_layer": {2: 0.5, 10: 0.25}})).close()
+    assert load_run(tmp_path / "run").manifest.extra == {"by_layer": {"2": 0.5, "10": 0.25}}
+
+
+def test_faults_say_what_and_where(tmp_path: Path) -> None:
+    writer = write_run(tmp_path / "run", 1)
+    with pytest.raises(RunError, match=r"manifest\.json"):
+        RunWriter(tmp_path / "run", MANIFEST)
+    with pytest.raises(RunError, match=r"nowhere\.proj"):
+        writer.append("modules", {"step": [1], "module": ["nowhere.proj"]})
+    with pytest.raises(RunError, match="absent"):
+        load_run(tmp_path / "absent")
+    newer = tmp_path / "newer"
+    RunWriter(newer, Manifest(command=("x",), schema_version=7, packages={"linchain-analysis": "9.1"}))
+    with pytest.raises(RunError, match=r"version 7.*9\.1"):
+        load_run(newer)
+
+
+def test_many_runs_read_as_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "grid" / f"seed{seed}", 2 + seed).close()
+    runs = load_runs(tmp_path)
+    assert runs.catalogue["num_steps"].tolist() == [2, 3]
+    assert runs.read("steps", ["step"])["step"].tolist() == [1, 2, 1, 2, 3]
+    assert runs.steps["run"].unique().tolist() == ["seed0", "seed1"]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 40, 160])
+def test_columns_that_are_not_given_read_as_missing(tmp_path: Path, num_rows: int) -> None:
+    writer = RunWriter(tmp_path / "run", MANIFEST)
+    writer.append("modules", {"step": [1] * num_rows, "module": [NAMES[0]] * num_rows})
+    writer.append("steps", {"step": [1]})
+    run = load_run(tmp_path / "run")
+    assert len(run.modules) == num_rows
+    assert run.modules["delta_norm"].isna().all()
+    assert run.steps["loss"].isna().all()
