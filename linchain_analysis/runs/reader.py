@@ -149,12 +149,10 @@ class Run:
         scalars = _to_pandas(self._stored("scalars"))
         if len(scalars):
             scalars = scalars[scalars["step"].isin(frame["step"])]
-            wide = scalars.pivot_table(index="step", columns="name", values="value", aggfunc="last", dropna=False)
-            for name in wide:
-                given = frame["step"].map(wide[name])
-                said = frame["step"].isin(scalars.loc[scalars["name"] == name, "step"])
+            for name, said in scalars.groupby("name", sort=False, observed=True):
+                last = said.drop_duplicates("step", keep="last").set_index("step")["value"]
                 old = frame[name] if name in frame else pd.Series(np.nan, index=frame.index)
-                frame[name] = old.astype("float64").mask(said, given)
+                frame[name] = old.astype("float64").mask(frame["step"].isin(last.index), frame["step"].map(last))
         return frame
 
     def _read_rows(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:

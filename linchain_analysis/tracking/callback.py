@@ -12,6 +12,7 @@ from linchain_analysis.tracking.schedule import Every, parse_every
 from linchain_analysis.tracking.tracker import Tracker
 
 # What the Trainer reports with an evaluation that is not a metric of the model.
+_COUNTS = ("num_input_tokens_seen", "total_flos")
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
@@ -107,7 +108,9 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         by_split: dict[str, dict[str, float]] = {}
         for key, value in metrics.items():
             split, _, metric = str(key).partition("_")
-            if metric and isinstance(value, (int, float)) and not metric.endswith(_SPEED):
+            if key in _COUNTS or metric.endswith(_SPEED):
+                continue
+            if metric and isinstance(value, (int, float)):
                 by_split.setdefault(split, {})[metric] = value
         for split, found in by_split.items():
             self.tracker.log_eval(split, **found)

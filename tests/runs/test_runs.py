@@ -85,7 +85,14 @@ def test_columns_can_be_read_alone(tmp_path: Path) -> None:
 
 def test_scalars_join_steps_and_override(tmp_path: Path) -> None:
     writer = small_runs.write_run(tmp_path / "run", close=False)
-    rows = [(1, "loss", 7.0), (2, "reward", 1.0), (2, "reward", 2.0), (3, "reward", math.nan), (9, "loss", 0.0)]
+    rows = [
+        (1, "loss", 7.0),
+        (2, "reward", 1.0),
+        (2, "reward", 2.0),
+        (3, "reward", 3.0),
+        (3, "reward", math.nan),
+        (9, "loss", 0.0),
+    ]
     writer.append("scalars", dict(zip(("step", "name", "value"), map(list, zip(*rows, strict=True)), strict=True)))
     for run in (load_run(tmp_path / "run"), (writer.close(), load_run(tmp_path / "run"))[1]):
         assert run.steps["loss"].tolist() == [7.0, 5.0, 10.0 / 3]
