@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linchain_analysis.adapters.config import LinChainConfig
-from linchain_analysis.adapters.fold import fold_to_lora
+from linchain_analysis.adapters.export import fold_to_lora
 from linchain_analysis.adapters.layer import read_factors
 from linchain_analysis.adapters.methods import method_config
 from linchain_analysis.adapters.registration import register

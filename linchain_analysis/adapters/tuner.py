@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linchain_analysis.adapters.chain import ConvFactorChain, FactorChain, InnerFactors
 from linchain_analysis.adapters.config import LinChainConfig
-from linchain_analysis.adapters.fold import folded_adapters
+from linchain_analysis.adapters.folding import folded_adapters
 from linchain_analysis.adapters.initialisation import draw_inner_factors, seed_from
 from linchain_analysis.adapters.layer import ChainEmbedding, ChainLinear
 from linchain_analysis.errors import UnsupportedError

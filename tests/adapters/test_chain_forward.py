@@ -1,0 +1,179 @@
+"""The folded, fused forward against applying the factors one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from linchain_analysis.adapters import LinChainConfig, fold_to_lora, read_factors
+from linchain_analysis.adapters.layer import ChainLinear
+
+
+def adapted(
+    d_in: int, d_out: int, dtype: torch.dtype = torch.float64, bias: bool = True, **options: object
+) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(d_in, d_out, bias=bias)).to(dtype)
+    return get_peft_model(base, LinChainConfig(r=4, target_modules=["0"], **options), autocast_adapter_dtype=False)
+
+
+def one_by_one(layer: ChainLinear, x: Tensor) -> Tensor:
+    """x W + bias + scale · x A W1 … Wn B, one factor at a time."""
+    hidden = layer.lora_dropout["default"](x)
+    for _, factor, transposed in read_factors(layer, "default"):
+        hidden = hidden @ (factor.t() if transposed else factor)
+    return layer.base_layer(x) + layer.scaling["default"] * hidden
+
+
+def values_and_gradients(output: Tensor, x: Tensor, layer: nn.Module) -> list[Tensor]:
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), [x, *trained])]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d_in=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    length=st.integers(1, 5),
+    width=st.integers(1, 7),
+    rslora=st.booleans(),
+    bias=st.booleans(),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+)
+def test_equals_factor_by_factor(
+    d_in: int, d_out: int, length: int, width: int, rslora: bool, bias: bool, leading: list[int]
+) -> None:
+    options = {"chain_length": length, "chain_width": width if length > 1 else None, "use_rslora": rslora}
+    model = adapted(d_in, d_out, bias=bias, lora_alpha=3, **options)
+    layer = model.base_model.model[0]
+    assert isinstance(layer, ChainLinear)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(*leading, d_in, dtype=torch.float64, requires_grad=True)
+    got = values_and_gradients(layer(x), x, layer)
+    expected = values_and_gradients(one_by_one(layer, x), x, layer)
+    for ours, twin in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-12, atol=1e-12)
+
+
+def test_input_need_not_be_contiguous() -> None:
+    layer = adapted(6, 5).base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(6, 3, 2, dtype=torch.float64).transpose(0, 2)
+    torch.testing.assert_close(layer(x), one_by_one(layer, x), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_loras_dropout() -> None:
+    model = adapted(6, 5, lora_dropout=0.5).train()
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    got = layer(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, one_by_one(layer, x), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(got, layer(x))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_follow_lora(base_dtype: torch.dtype, adapter_dtype: torch.dtype, autocast: bool) -> None:
+    model = adapted(6, 5, torch.float32)
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    lora = fold_to_lora(model).base_model.model[0]
+    for each in (layer, lora):
+        each.base_layer.to(base_dtype)
+        each.lora_A.to(adapter_dtype)
+        each.lora_B.to(adapter_dtype)
+    x = torch.randn(7, 6).to(base_dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, expected = layer(x), lora(x)
+    assert got.dtype == expected.dtype
+    # Products are rounded in another order, by at most a few units of the shortest type that takes part.
+    shortest = max(torch.finfo(t).eps for t in (base_dtype, adapter_dtype, torch.bfloat16 if autocast else base_dtype))
+    torch.testing.assert_close(got, expected, rtol=0, atol=8 * shortest * float(expected.abs().max()))
+
+
+def test_chain_is_multiplied_in_full_precision_under_autocast() -> None:
+    layer = adapted(6, 5, torch.float32).base_model.model[0]
+    chain = layer.lora_A["default"]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = chain.weight
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, chain.weight)
+
+
+def saved_numbers(layer: nn.Module, num_tokens: int) -> int:
+    """Count the numbers kept for backward in one call."""
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.randn(num_tokens, layer.in_features, requires_grad=True))
+    return sum(kept)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(12, 8), (8, 12)])
+def test_depth_keeps_no_more_per_token_than_lora(d_in: int, d_out: int) -> None:
+    model = adapted(d_in, d_out, torch.float32)
+    chain, lora = (m.base_model.model[0] for m in (model, fold_to_lora(model)))
+    per_token = [saved_numbers(layer, 32) - saved_numbers(layer, 31) for layer in (chain, lora)]
+    assert per_token[0] <= per_token[1]
+    assert per_token[0] > 0
+
+
+def test_hooks_on_the_factors_still_run() -> None:
+    layer = adapted(6, 5).base_model.model[0]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    fused, seen = layer(x), []
+    for module in (layer.lora_A["default"], layer.lora_B["default"]):
+        module.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer(x), fused, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_graph_breaks(dtype: torch.dtype) -> None:
+    layer = adapted(6, 5, torch.float32).base_model.model[0]
+    layer.base_layer.to(dtype)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 6, dtype=dtype)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_gradient_checkpointing_changes_no_gradient(build: Callable, cases: dict) -> None:
+    case = cases["llama"]
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(case)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        config = LinChainConfig(r=4, target_modules=case.targets, init_lora_weights=False)
+        model = get_peft_model(model, config).train()
+        F.cross_entropy(case.run(model).flatten(0, 1), torch.arange(10)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.abs().sum() > 0
+        assert torch.equal(plain, checkpointed)
+
+
+def test_empty_batch() -> None:
+    layer = adapted(6, 5, torch.float32).base_model.model[0]
+    out = layer(torch.randn(0, 3, 6))
+    assert out.shape == (0, 3, 5)
+    out.sum().backward()
+    assert all(p.grad.abs().sum() == 0 for p in layer.parameters() if p.requires_grad)
