@@ -52,6 +52,8 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         parse_every(every)
         self.path = Path(path)
         self.tracker: Tracker | None = None
+        self._given_path = self.path
+        self._early: list[dict[str, Any]] = []  # metrics of evaluations before training, which belong to step 0
         self._base_learning_rate = base_learning_rate
         self._init_seed = init_seed
         self._data_seed = data_seed
@@ -71,7 +73,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         self.tracker = Tracker(
             kwargs["model"],
             kwargs["optimizer"],
-            self.path,
+            self._given_path,
             base_learning_rate=args.learning_rate if self._base_learning_rate is None else self._base_learning_rate,
             init_seed=args.seed if self._init_seed is None else self._init_seed,
             data_seed=data_seed if self._data_seed is None else self._data_seed,
@@ -80,6 +82,9 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
             **self._options,
         )
         self.path = self.tracker.path
+        early, self._early = self._early, []
+        for metrics in early:
+            self._keep(metrics)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the step with the Trainer's epoch and token count."""
@@ -103,7 +108,10 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
             self.close()
 
     def _keep(self, metrics: Any) -> None:
-        if not self.tracker or not metrics:
+        if not metrics:
+            return
+        if not self.tracker:
+            self._early.append(dict(metrics))
             return
         by_split: dict[str, dict[str, float]] = {}
         for key, value in metrics.items():

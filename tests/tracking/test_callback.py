@@ -95,17 +95,27 @@ def test_the_trainer_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
-def test_evaluations_are_kept_also_those_after_training(tmp_path: Path) -> None:
+def test_evaluations_are_kept_also_those_before_and_after_training(tmp_path: Path) -> None:
     callback = TrackerCallback(tmp_path / "run", strict=True)
     trainer = make_trainer(tmp_path, [callback], eval_strategy="steps", eval_steps=3)
+    trainer.evaluate()
     trainer.train()
     during = load_run(tmp_path / "run").evals
-    assert during[["step", "split", "metric"]].values.tolist() == [[3, "eval", "loss"], [6, "eval", "loss"]]
+    assert during[["step", "split", "metric"]].values.tolist() == [[step, "eval", "loss"] for step in (0, 3, 6)]
     value = trainer.evaluate()["eval_loss"]
     callback.tracker.log_eval("test", accuracy=0.5)
     after = load_run(tmp_path / "run").evals
-    assert after[["step", "split", "metric"]].values.tolist()[2:] == [[6, "eval", "loss"], [6, "test", "accuracy"]]
-    assert after["value"].tolist()[2:] == [value, 0.5]
+    assert after[["step", "split", "metric"]].values.tolist()[3:] == [[6, "eval", "loss"], [6, "test", "accuracy"]]
+    assert after["value"].tolist()[3:] == [value, 0.5]
+
+
+def test_each_training_of_a_callback_is_a_run_of_its_own(tmp_path: Path) -> None:
+    callback = TrackerCallback(tmp_path / "run", strict=True)
+    trainer = make_trainer(tmp_path, [callback], max_steps=2)
+    for _ in range(3):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run-2", "run-3"]
+    assert callback.path == tmp_path / "run-3"
 
 
 def test_a_training_that_fails_keeps_its_steps(tmp_path: Path) -> None:
