@@ -39,7 +39,7 @@ class LinChainModel(LoraModel):  # type: ignore[misc]
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if parameter_name is not None:
-            _refuse_experts(getattr(base, parameter_name), f"{current_key}.{parameter_name}")
+            _refuse_experts(getattr(base, parameter_name), current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
         )
