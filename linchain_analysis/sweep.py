@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from linchain_analysis.errors import InputError, LinchainError
 
-_HEADINGS = {"final_loss": "final loss", "accuracy": "accuracy", "final_effective_rank": "final effective rank"}
+# Two lines a cell, and headings of two lines: eighty columns hold the table.
+_HEADINGS = {"final_loss": "final loss", "accuracy": "accuracy", "final_effective_rank": "final\neffective rank"}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -117,7 +119,9 @@ def _tabulate(folders: Sequence[Path]) -> Table:
     from linchain_analysis.runs import load_runs
 
     summary = summarise_methods(load_runs(folders))
-    table = Table("method", "learning rate", "seeds", *_HEADINGS.values(), title="mean and 95 % interval over seeds")
+    table = Table(title="mean and 95 % interval over seeds", box=SIMPLE_HEAD, leading=1, padding=0, pad_edge=False)
+    for heading in ("method", "learning\nrate", "seeds", *_HEADINGS.values()):
+        table.add_column(heading, no_wrap=True)
     for (method, rate), rows in summary.groupby(["method", "base_learning_rate"], sort=False):
         values = zip(rows["measure"], rows["mean"], rows["low"], rows["high"], strict=True)
         cells = {measure: _tell_interval(mean, low, high) for measure, mean, low, high in values}
@@ -128,7 +132,7 @@ def _tabulate(folders: Sequence[Path]) -> Table:
 
 def _tell_interval(mean: float, low: float, high: float) -> str:
     # One seed, or a run that diverged, leaves no interval.
-    return f"{mean:.3g}" if math.isnan(low) else f"{mean:.3g} ({low:.3g} … {high:.3g})"
+    return f"{mean:.3g}" if math.isnan(low) else f"{mean:.3g}\n{low:.3g} … {high:.3g}"
 
 
 if __name__ == "__main__":

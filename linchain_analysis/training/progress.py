@@ -52,8 +52,11 @@ class Bars:
             # A grid of one run needs no bar of its own beside the bar of that run.
             total = bars.add_task("runs", total=num_runs, completed=num_complete, note="", visible=num_runs > 1)
             of_worker: dict[int, rich.progress.TaskID] = {}
+            work = _Work(num_complete)
 
             def show(event: Event) -> None:
+                work.count(event)
+                bars.update(total, completed=work.amount)  # the column shows its whole part
                 match event:
                     case RunStarted(worker, name):
                         if worker in of_worker:
@@ -61,10 +64,7 @@ class Bars:
                         of_worker[worker] = bars.add_task(name, total=None, note="")
                     case RunStepped(worker, _, step, num_steps, loss):
                         bars.update(of_worker[worker], completed=step, total=num_steps, note=_tell_loss(loss))
-                    case RunFinished():
-                        bars.advance(total)
                     case RunFailed(_, name, error, _):
-                        bars.advance(total)
                         bars.console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
 
             yield show
@@ -88,14 +88,14 @@ class Lines:
     def open(self, *, num_runs: int, num_complete: int) -> Iterator[Show]:
         """Write lines until the context ends."""
         began = self._clock()
-        done_before, done = num_complete, num_complete
+        work = _Work(num_complete)
         written: dict[int, float] = {}
         if num_complete:
             self._write(f"{num_complete} of {num_runs} runs are complete already")
 
         def show(event: Event) -> None:
-            nonlocal done
             now = self._clock()
+            work.count(event)
             match event:
                 case RunStarted(worker, name):
                     written[worker] = now
@@ -105,17 +105,38 @@ class Lines:
                         written[worker] = now
                         self._write(f"{name} step {step}/{num_steps} {_tell_loss(loss)}".rstrip())
                 case RunFinished() | RunFailed():
-                    done += 1
-                    left = (now - began) / (done - done_before) * (num_runs - done)
+                    left = (now - began) / (work.amount - num_complete) * (num_runs - work.amount)
                     rest = f", about {_tell_time(left)} left" if left else ""
                     how = (
                         f"finished in {_tell_time(event.seconds)}"
                         if isinstance(event, RunFinished)
                         else f"failed: {event.error}"
                     )
-                    self._write(f"[{done}/{num_runs}] {event.name} {how}{rest}")
+                    self._write(f"[{work.num_done}/{num_runs}] {event.name} {how}{rest}")
 
         yield show
+
+
+class _Work:
+    """How many runs' worth of work is done: whole runs, and the part of each that is under way."""
+
+    def __init__(self, num_complete: int) -> None:
+        self.num_done = num_complete
+        self._parts: dict[int, float] = {}
+
+    @property
+    def amount(self) -> float:
+        return self.num_done + sum(self._parts.values())
+
+    def count(self, event: Event) -> None:
+        match event:
+            case RunStarted(worker):
+                self._parts[worker] = 0.0
+            case RunStepped(worker, _, step, num_steps):
+                self._parts[worker] = step / num_steps
+            case RunFinished(worker) | RunFailed(worker):
+                self._parts[worker] = 0.0
+                self.num_done += 1
 
 
 def _tell_loss(loss: float | None) -> str:

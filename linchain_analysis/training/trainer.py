@@ -98,7 +98,7 @@ def finetune(
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             trainer.evaluate()
-        tracking.tracker.log_eval(SPLIT, accuracy=prepared.measure_accuracy(model))
+        _file_accuracy(tracking, prepared.measure_accuracy(model))
         if settings.save_adapter:
             model.save_pretrained(out / "adapter")
     except BaseException as error:
@@ -159,6 +159,11 @@ def _spread(seed: int) -> tuple[int, int]:
     return int(order), int(dropout)
 
 
+def _file_accuracy(tracking: TrackerCallback, accuracy: float) -> None:
+    assert tracking.tracker is not None  # made as training begins
+    tracking.tracker.log_eval(SPLIT, accuracy=accuracy)
+
+
 class _BaseAccuracy(TrainerCallback):  # type: ignore[misc]
     """Files the accuracy of the base model under step 0, once the tracker is there."""
 
@@ -167,7 +172,7 @@ class _BaseAccuracy(TrainerCallback):  # type: ignore[misc]
         self._accuracy = accuracy
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tracking.tracker.log_eval(SPLIT, accuracy=self._accuracy)
+        _file_accuracy(self._tracking, self._accuracy)
 
 
 class _StepReport(TrainerCallback):  # type: ignore[misc]

@@ -32,19 +32,20 @@ def test_lines_tell_start_end_and_the_time_left() -> None:
         [
             (0, RunStarted(1, "a")),
             (1, RunStarted(2, "b")),
-            (20, RunFinished(1, "a", 20.0)),
-            (30, RunFailed(2, "b", "no memory", "logs/worker-2.log")),
+            (9, RunStepped(2, "b", 3, 6, 1.0)),
+            (30, RunFinished(1, "a", 30.0)),
+            (40, RunFailed(2, "b", "no memory", "logs/worker-2.log")),
         ],
         num_runs=6,
         num_complete=2,
     )
-    # One run in 20 s leaves 3 for 60 s; two in 30 s leave 2 for 30 s. Runs of before tell nothing about the pace.
+    # One and a half runs in 30 s leave 2.5 for 50 s; two in 40 s leave 2 for 40 s. Runs of before tell no pace.
     assert lines == [
         "2 of 6 runs are complete already",
         "a started (worker 1)",
         "b started (worker 2)",
-        "[3/6] a finished in 20.0 s, about 1 min 0 s left",
-        "[4/6] b failed: no memory, about 30.0 s left",
+        "[3/6] a finished in 30.0 s, about 50.0 s left",
+        "[4/6] b failed: no memory, about 40.0 s left",
     ]
 
 
