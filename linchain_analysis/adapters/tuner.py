@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, MultiheadAttention, _ConvNd
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class LinChainModel(LoraModel):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        # PEFT adds the adapter to a layer that is there, except that it nests one parameter's wrapper in another's.
+        is_nested = isinstance(target, ParamWrapper) and adapter_name in target.lora_A
+        is_adapted = isinstance(target, LoraLayer) and not is_nested
         if parameter_name is not None:
             _refuse_experts(getattr(base, parameter_name), current_key)
         super()._create_and_replace(
@@ -50,7 +53,7 @@ class LinChainModel(LoraModel):  # type: ignore[misc]
                 got=f"the plan {base._hf_tp_plan!r}",
                 do="load the model without tp_plan, or use peft.LoraConfig",
             )
-        layer = parent if target_name == "" else getattr(parent, target_name)
+        layer = target if is_adapted else getattr(parent, target_name)
         rank_key = get_pattern_key(lora_config.rank_pattern.keys(), current_key)
         widths = lora_config.widths(lora_config.rank_pattern.get(rank_key, lora_config.r))
         tied = target_name in (getattr(lora_config, "target_modules_to_tie", None) or ())

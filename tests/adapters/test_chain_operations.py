@@ -18,7 +18,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
 from peft.tuners.lora.layer import MultiheadAttention as LoraAttention
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -272,20 +272,44 @@ def test_lora_bias(stir: Callable) -> None:
     close(model.merge_and_unload()(x), expected)
 
 
-def test_target_parameters(stir: Callable) -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(5, 4, bias=False)),
-        LinChainConfig(r=2, target_modules=[], target_parameters=["0.weight"]),
-    )
+class TwoParameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(4, 5))
+        self.second = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.first.t() @ self.second.t()
+
+
+def test_target_parameters(stir: Callable, tmp_path: Path) -> None:
+    def build_base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(TwoParameters())
+
+    config = LinChainConfig(r=2, target_modules=[], target_parameters=["0.first", "0.second"])
+    model = get_peft_model(build_base(), copy.deepcopy(config))
+    model.add_adapter("other", copy.deepcopy(config))
     stir(model)
-    x = torch.randn(3, 5, requires_grad=True)
-    expected = model(x)
-    layer = model.base_model.model[0]
-    close(expected, x @ layer.base_layer.weight.t() + x @ dense_delta(layer, "default").float())
-    expected.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
-    close(model.merge_and_unload()(x), expected)
+    base, x = build_base()[0], torch.randn(3, 5, requires_grad=True)
+    wrappers = {module.parameter_name: module for module in model.modules() if isinstance(module, ParamWrapper)}
+    outputs = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        first = base.first.t() + dense_delta(wrappers["first"], name).float()
+        second = base.second.t() + dense_delta(wrappers["second"], name).float()
+        outputs[name] = model(x)
+        close(outputs[name], x @ first @ second)
+        model.zero_grad()
+        outputs[name].sum().backward()
+        trained = [p for n, p in model.named_parameters() if "lora_" in n and f".{name}." in n]
+        assert len(trained) == 2 * 5
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_base(), tmp_path / "other")
+    close(loaded(x), outputs["other"])
+    close(fold_to_lora(model, "other")(x), outputs["other"])
+    close(model.merge_and_unload()(x), outputs["other"])
 
 
 def test_half_precision_base_has_float32_factors(build: Callable, cases: dict) -> None:
