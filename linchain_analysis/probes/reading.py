@@ -86,7 +86,8 @@ class ChainReader:
             for j, chain in enumerate(group.chains):
                 for factor, stack in zip(chain.factors, stacks, strict=True):
                     stored = stack[j].T if factor.transposed else stack[j]
-                    kept[f"{chain.module}/{factor.name}"] = stored.contiguous().cpu().float().numpy()
+                    wide = stored if stored.dtype.itemsize >= 4 else stored.float()
+                    kept[f"{chain.module}/{factor.name}"] = wide.contiguous().cpu().numpy()
         return kept
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import small_models
 import torch
 from peft import get_peft_model
+from safetensors.numpy import load_file
 from torch import nn
 
 from linchain_analysis import Tracker, load_run, method_config
@@ -293,6 +294,67 @@ def test_nothing_stays_patched(tmp_path: Path) -> None:
     with Tracker(model, torch.optim.SGD(trained(model), lr=0.1), tmp_path / "run", strict=True):
         assert torch.autograd.backward is not before[0]
     assert (torch.autograd.backward, torch.amp.GradScaler.step, torch.nn.utils.clip_grads_with_norm_) == before
+
+
+def test_a_start_that_is_not_zero_is_kept_and_delta_measured_from_it(tmp_path: Path) -> None:
+    model = adapted("lora-4", init_lora_weights="pissa")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+
+    def effective_weight() -> torch.Tensor:
+        return layer.base_layer.weight.detach().double() + layer.get_delta_weight("default").detach().double()
+
+    start = effective_weight()
+    a = layer.lora_A["default"].weight.detach().clone()
+    with Tracker(model, optimizer, tmp_path / "run", strict=True):
+        for seed in range(3):
+            step(model, optimizer, seed)
+    name = "model.layers.0.self_attn.q_proj"
+    kept = load_file(tmp_path / "run" / "initial_factors.safetensors")
+    np.testing.assert_array_equal(kept[f"{name}/A"], a.T.numpy())
+    modules = load_run(tmp_path / "run").modules
+    sigma = modules[(modules["module"] == name) & (modules["step"] == 3)]["spectrum"].item()
+    expected = np.linalg.svd((effective_weight() - start).numpy(), compute_uv=False)
+    # The reference adds a float32 product of size about 1 to a weight; its rounding is 1e-7 of that.
+    np.testing.assert_allclose(sigma, expected[:8], rtol=0, atol=1e-6)
+    assert expected[0] > 1e-3
+
+
+def test_several_adapters_train_side_by_side(tmp_path: Path) -> None:
+    model = adapted("linchain-3-4")
+    model.add_adapter("second", method_config("linchain-2-4", target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    with Tracker(model, optimizer, tmp_path / "run", strict=True):
+        for seed in range(2):
+            step(model, optimizer, seed)
+    run = load_run(tmp_path / "run")
+    names = run.modules["module"].unique().tolist()
+    assert "model.layers.0.self_attn.q_proj@second" in names
+    assert "model.layers.0.self_attn.k_proj" in names
+    last = run.modules[run.modules["step"] == 2].set_index("module")["spectrum"]
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for adapter in ("default", "second"):
+        expected = np.linalg.svd(layer.get_delta_weight(adapter).detach().double().numpy(), compute_uv=False)
+        measured = last[f"model.layers.0.self_attn.q_proj@{adapter}"]
+        np.testing.assert_allclose(measured, expected[: len(measured)], rtol=0, atol=2e-6 * expected[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, use_reentrant: bool) -> None:
+    losses = {}
+    for checkpointing in (False, True):
+        model = adapted("linchain-3-4")
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        optimizer = torch.optim.SGD(trained(model), lr=0.1)
+        with Tracker(model, optimizer, tmp_path / str(checkpointing), strict=True):
+            for seed in range(2):
+                step(model, optimizer, seed)
+        losses[checkpointing] = load_run(tmp_path / str(checkpointing)).steps[["loss", "grad_norm"]]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-6)
 
 
 def test_light_has_the_norms_of_standard_and_no_spectra(tmp_path: Path) -> None:
