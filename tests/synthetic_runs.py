@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from linchain_analysis.analysis.replication import RUN_COLUMNS
+from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter
 
 FACTORS = {
     "lora-16": ["A", "B"],
@@ -74,3 +76,32 @@ def comparison(num_seeds: int = 3, num_steps: int = 100, every: int = 1) -> Fram
                     factors.append(rows(method, seed, {**table, "update_norm": noise[1] * 1e-2 / (1 + depth)}))
     frames = {"steps": steps, "modules": modules, "factors": factors, "evals": evals}
     return FrameRuns(**{name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()})
+
+
+def write_comparison(folder: Path, runs: FrameRuns, preset: str = "standard") -> None:
+    """Write `runs` as run folders under `folder`, named after method, learning rate and seed."""
+    for name, steps in runs.tables["steps"].groupby("run"):
+        identity = steps.iloc[0]
+        own = {table: frame[frame["run"] == name] for table, frame in runs.tables.items()}
+        method = str(identity["method"])
+        modules = tuple(
+            ModuleRecord(
+                module, module.rsplit(".", 1)[-1], 0, "default", 4, 4, 2.0, tuple((f, (4, 4)) for f in FACTORS[method])
+            )
+            for module in own["factors"]["module"].unique()
+        )
+        manifest = Manifest(
+            command=("train",),
+            method=method,
+            problem=str(identity["problem"]),
+            preset=preset,
+            base_learning_rate=float(identity["base_learning_rate"]),
+            init_seed=int(identity["init_seed"]),
+            data_seed=int(identity["data_seed"]),
+            modules=modules,
+        )
+        writer = RunWriter(folder / str(name).replace("/", "-"), manifest)
+        for table, frame in own.items():
+            if len(frame):
+                writer.append(table, {column: frame[column].to_list() for column in frame.columns[len(RUN_COLUMNS) :]})
+        writer.close()

@@ -17,7 +17,7 @@ from linchain_analysis.vocabulary import Column, define_column
 
 # How far a band may widen the axis beyond the curves, in spans of the curves: with two seeds the t interval is 9
 # standard deviations to either side, and an axis that held it would show a flat line.
-_BAND_SHARE = 0.75
+_BAND_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def limit_view(table: pd.DataFrame, scale: Scale) -> tuple[float, float, bool]:
     span = top - bottom if top > bottom else max(abs(top), 1.0) * 0.1
     reach = _BAND_SHARE * span
     low, high = lows.min(initial=bottom), highs.max(initial=top)
-    cut = bool(low < bottom - reach or high > top + reach)
+    below = scale == "log" and bool((table["low"] <= 0).any())  # a band that reaches where the axis cannot
+    cut = below or bool(low < bottom - reach or high > top + reach)
+    low = bottom - reach if below else low
     margin = 0.04 * span
     limits = max(low, bottom - reach) - margin, min(high, top + reach) + margin
     lower, upper = (10.0**limit if scale == "log" else limit for limit in limits)

@@ -15,7 +15,9 @@ from linchain_analysis.plots.style import WIDTHS
 if TYPE_CHECKING:
     from linchain_analysis.runs import RunSet
 
-_DECADES = 100.0  # means further apart than this are drawn on a logarithmic axis
+# A loss that falls further than this is drawn on a logarithmic axis: on a linear one its first steps would hide all
+# that comes after.
+_LINEAR_RATIO = 5.0
 
 
 def plot_loss(runs: RunSet, *, width: float | None = None) -> Drawn:
@@ -38,7 +40,7 @@ def prepare_loss(runs: RunSet) -> Content:
     table = trajectories(frame, "loss", window=window)
     require_curves("loss", table, "check that the runs have steps, and that their losses are numbers")
     positive = table["mean"][table["mean"] > 0]
-    wide = positive.size > 0 and table["mean"].min() > 0 and positive.max() > _DECADES * positive.min()
+    wide = positive.size > 0 and table["mean"].min() > 0 and positive.max() > _LINEAR_RATIO * positive.min()
     scale: Scale = "log" if wide else "linear"
     table.insert(0, "panel", "all")
     table.insert(0, "quantity", "loss")

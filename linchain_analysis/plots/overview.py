@@ -74,6 +74,9 @@ def draw_overview(contents: Sequence[Content], *, width: float = WIDTHS["icml-pa
             places += list(rows[0].subfigures(1, len(top), width_ratios=ratios, squeeze=False)[0])
         places += list(rows[bool(top) :])
         ordered = [*top, *below]
+        for place in [*rows, *places]:
+            # The layout solver leaves its edge at 0 or at -0, by chance, which would make two PDFs of one figure.
+            place.patch.set_visible(False)
         for letter, place, content in zip("abcdefgh", places, ordered, strict=False):
             draw_panels(place, content, styles)
             place.text(0.006, 0.99, letter, fontsize=10, fontweight="bold", va="top")

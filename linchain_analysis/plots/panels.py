@@ -17,6 +17,7 @@ from linchain_analysis.plots.style import MethodStyle, assign_styles, paper_styl
 
 MAX_COLUMNS = 5
 _LEGEND_ENTRY_INCHES = 1.35
+_FINE_DECADES = 2.0  # a logarithmic axis of fewer has too few powers of ten in view to be read by
 
 
 def draw_content(content: Content, width: float | None = None) -> Drawn:
@@ -67,7 +68,11 @@ def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyl
             continue
         # One step alone is no line, and a dot at each end of a gap keeps single points visible.
         marker = "o" if len(curve) == 1 else None
-        axes.fill_between(curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.16, linewidth=0)
+        low = curve["low"]
+        if axes.get_yscale() == "log":
+            # What lies at or below 0 is far below the panel, and without a place there would tear the band.
+            low = low.mask(low <= 0, axes.get_ylim()[0] / 10)
+        axes.fill_between(curve["step"], low, curve["high"], color=style.color, alpha=0.16, linewidth=0)
         axes.plot(
             curve["step"],
             curve["mean"],
@@ -108,9 +113,8 @@ def _tick(axes: Axes, content: Content) -> None:
         return
     low, high = (math.log10(limit) for limit in content.view)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if math.floor(high) - math.ceil(low) >= 1:
+    if high - low > _FINE_DECADES:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
     else:
-        # Fewer than two powers of ten in view make no scale.
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from linchain_analysis.analysis.provenance import checksum, describe_commit, describe_origin, describe_run
+from linchain_analysis.analysis.provenance import checksum, describe_commit, describe_origin, describe_runs
+from linchain_analysis.runs import Manifest, RunWriter, load_run
 
 
 def test_a_checksum_follows_contents_and_names(tmp_path: Path) -> None:
@@ -18,11 +19,12 @@ def test_a_checksum_follows_contents_and_names(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs" / "one").mkdir(parents=True)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    found = describe_run(tmp_path / "runs" / "one", {"method": "lora-16"})
-    assert (found["path"], found["method"]) == ("../runs/one", "lora-16")
+    RunWriter(tmp_path / "runs" / "one", Manifest(("train",), method="lora-16", init_seed=3)).close()
+    (found,) = describe_runs([load_run(tmp_path / "runs" / "one")])
+    assert (found["path"], found["method"], found["init_seed"]) == ("../runs/one", "lora-16", 3)
+    assert found["sha256"] == checksum(tmp_path / "runs" / "one")
 
 
 def test_commit_and_changes_of_a_repository(tmp_path: Path) -> None:

@@ -189,9 +189,19 @@ def test_runs_of_different_lengths_are_drawn_to_the_shortest() -> None:
     assert "drawn up to step 2" in drawn.caption
 
 
-def test_losses_over_many_decades_get_a_logarithmic_axis() -> None:
-    assert _axes(plot_loss(_losses({"lora-16": [[1.0, 1e5]]})).figure)[0].get_yscale() == "log"
-    assert _axes(plot_loss(_losses({"lora-16": [[1.0, 50.0]]})).figure)[0].get_yscale() == "linear"
+def test_losses_that_fall_far_get_a_logarithmic_axis() -> None:
+    assert _axes(plot_loss(_losses({"lora-16": [[1.0, 6.0]]})).figure)[0].get_yscale() == "log"
+    assert _axes(plot_loss(_losses({"lora-16": [[1.0, 4.0]]})).figure)[0].get_yscale() == "linear"
+    assert _axes(plot_loss(_losses({"lora-16": [[-1.0, 60.0]]})).figure)[0].get_yscale() == "linear"
+
+
+def test_a_band_that_reaches_below_zero_is_not_torn_on_a_logarithmic_axis() -> None:
+    drawn = plot_loss(_losses({"lora-16": [[9.0, 1.0, 0.5], [11.0, 1.0, 1.5]]}))  # at step 3: 1 ± 6.35
+    (axes,) = _axes(drawn.figure)
+    (band,) = axes.collections
+    assert len(band.get_paths()) == 1
+    assert drawn.table["low"].min() < 0 < axes.get_ylim()[0] < 1.0
+    assert "cut at the panel's edge" in drawn.caption
 
 
 def test_a_wide_band_is_cut_rather_than_the_curves_flattened_and_the_caption_says_so() -> None:

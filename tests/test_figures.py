@@ -1,0 +1,149 @@
+"""The door `python -m linchain_analysis.figures`, from run folders to files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_runs import FrameRuns, comparison, write_comparison
+from typer.testing import CliRunner, Result
+
+from linchain_analysis.figures import app
+from linchain_analysis.plots import plot_loss, plot_overview
+from linchain_analysis.runs import load_runs
+
+FILES = {"figure.pdf", "figure.png", "drawn.csv", "provenance.json"}
+SINGLE = {"loss", "effective-rank", "gradient-norms", "update-norms"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison") / "runs"
+    write_comparison(folder, comparison(num_seeds=2, num_steps=8))
+    return folder
+
+
+def _draw(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_every_figure_has_its_four_files(runs: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "linchain_analysis.figures", str(runs), "--out", "figures"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"drawn: {folder}"
+        for folder in (
+            "figures",
+            *(f"figures/{name}" for name in ("loss", "effective-rank", "gradient-norms", "update-norms")),
+        )
+    ]
+    for name in ("", *SINGLE):
+        assert {file.name for file in (tmp_path / "figures" / name).iterdir() if file.is_file()} == FILES
+    provenance = json.loads((tmp_path / "figures" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["command"][:3] == ["python", "-m", "linchain_analysis.figures"]
+    assert provenance["command"][-2:] == ["--out", "figures"]
+    assert provenance["git"] is None
+    assert len(provenance["runs"]) == 8
+    first = provenance["runs"][0]
+    assert not Path(first["path"]).is_absolute()
+    assert (tmp_path / first["path"] / "manifest.json").is_file()
+    assert (first["method"], first["init_seed"], first["problem"]) == ("linchain-2-8", 0, "sums")
+    assert len({run["sha256"] for run in provenance["runs"]}) == 8
+    assert {"loss", "grad_norm", "update_norm", "effective_rank"} <= {one["name"] for one in provenance["columns"]}
+    assert "95 % t interval" in provenance["caption"]
+
+
+def test_the_csv_is_what_was_drawn(runs: Path, tmp_path: Path) -> None:
+    assert _draw(runs, "--out", tmp_path, "--only", "overview,loss").exit_code == 0
+    for folder, plot in (("", plot_overview), ("loss", plot_loss)):
+        read = pd.read_csv(tmp_path / folder / "drawn.csv")
+        pd.testing.assert_frame_equal(
+            read, plot(load_runs(runs)).table, check_dtype=False, check_categorical=False, check_exact=True
+        )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["loss"]
+
+
+def test_drawing_again_gives_the_same_bytes_in_another_process(runs: Path, tmp_path: Path) -> None:
+    options = ["--only", "overview", "--format", "pdf,png,svg"]
+    for name, seed in (("a", "1"), ("b", "2")):
+        subprocess.run(
+            [sys.executable, "-m", "linchain_analysis.figures", str(runs), "--out", str(tmp_path / name), *options],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        )
+    for file in ("figure.pdf", "figure.png", "figure.svg", "drawn.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_runs_without_spectra_still_give_the_other_figures(tmp_path: Path) -> None:
+    whole = comparison(num_seeds=1, num_steps=4)
+    without = {name: frame for name, frame in whole.tables.items() if name != "modules"}
+    write_comparison(tmp_path / "runs", FrameRuns(**without), preset="light")
+    done = _draw(tmp_path / "runs", "--out", tmp_path / "figures", "--format", "png")
+    assert done.exit_code == 0
+    assert "left out: effective-rank: expected finite values" in done.stderr
+    assert {path.name for path in (tmp_path / "figures").iterdir() if path.is_dir()} == SINGLE - {"effective-rank"}
+    only = _draw(tmp_path / "runs", "--out", tmp_path / "rank", "--only", "effective-rank")
+    assert only.exit_code == 1
+    assert not (tmp_path / "rank").exists()
+
+
+def test_learning_rates_are_drawn_apart(runs: Path, tmp_path: Path) -> None:
+    faster = comparison(num_seeds=1, num_steps=4)
+    for frame in faster.tables.values():
+        frame["base_learning_rate"] = 0.01
+        frame["run"] = frame["run"].str.replace("0.001", "0.01")
+    write_comparison(tmp_path / "faster", faster)
+    done = _draw(runs, tmp_path / "faster", "--out", tmp_path / "figures", "--only", "loss", "--format", "png")
+    assert done.exit_code == 0
+    for name, num_seeds in (("sums-lr0.001", 2), ("sums-lr0.01", 1)):
+        drawn = pd.read_csv(tmp_path / "figures" / name / "loss" / "drawn.csv")
+        assert set(drawn["num_seeds"]) == {num_seeds}
+
+
+def test_a_run_that_is_not_complete_is_named(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    name = "sums-lora-16_lr0.001_seed0"
+    shutil.rmtree(tmp_path / "runs" / name)
+    from linchain_analysis.runs import Manifest, RunWriter
+
+    writer = RunWriter(
+        tmp_path / "runs" / name,
+        Manifest(("t",), method="lora-16", problem="sums", base_learning_rate=1e-3, init_seed=0, data_seed=0),
+    )
+    writer.append("steps", {"step": [1, 2], "loss": [1.0, 1.0]})
+    done = _draw(tmp_path / "runs", "--out", tmp_path / "figures", "--only", "loss", "--format", "png")
+    writer.close()
+    assert done.exit_code == 0
+    assert f"drawn as far as they got: {name} (running)" in done.stderr
+    caption = json.loads((tmp_path / "figures" / "loss" / "provenance.json").read_text(encoding="utf-8"))["caption"]
+    assert f"lora-16 is drawn up to step 2, where its shortest run ({name}) ends; others go to 8." in caption
+
+
+def test_wrong_options_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    wrong = _draw(tmp_path / "missing", "--out", tmp_path / "x", "--only", "loss,spectra")
+    assert wrong.exit_code == 2
+    assert "--only: expected names among overview, loss, effective-rank" in wrong.stderr
+    assert "got 'spectra'" in wrong.stderr
+    assert (
+        "--format: expected names among pdf, png, svg, got 'jpg'"
+        in _draw(tmp_path, "--out", tmp_path / "x", "--format", "jpg").stderr
+    )
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_a_folder_without_runs_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    done = _draw(tmp_path / name, "--out", tmp_path / "x")
+    assert done.exit_code == 2
+    assert str(tmp_path / name) in done.stderr
+    assert not (tmp_path / "x").exists()
