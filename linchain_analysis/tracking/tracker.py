@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
 import sys
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,13 +16,12 @@ from linchain_analysis.errors import InputError
 from linchain_analysis.probes import find_chains
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
+from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, open_writer, writes_here
 from linchain_analysis.tracking.methods import name_method
 from linchain_analysis.tracking.presets import find_preset
 from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.rows import module_records
 from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
-
-logger = logging.getLogger("linchain_analysis")
 
 
 class Tracker:
@@ -87,11 +82,11 @@ class Tracker:
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
         try:
-            if not _writes_here():
+            if not writes_here():
                 return
             chains = find_chains(model, inner)
             self._report_chains(chains)
-            self._writer, self.path = _open_writer(
+            self._writer, self.path = open_writer(
                 self.path,
                 Manifest(
                     command=tuple(sys.argv),
@@ -110,7 +105,7 @@ class Tracker:
                 inner, chains, self._writer, chosen, schedule, deferred=_deferred, fail=self._fail
             )
             self._watch = Watch(self._recorder)
-            _OPEN.add(self)
+            OPEN.add(self)
         except Exception as error:
             self._fail(error)
 
@@ -175,14 +170,14 @@ class Tracker:
 
     def end(self, error: BaseException | None = None) -> None:
         """End the run as training ended: complete, interrupted by `error`, or failed with it."""
-        self.close(*_ending(error))
+        self.close(*describe_ending(error))
 
     def close(self, status: str = "complete", message: str | None = None) -> None:
         """End the run: nothing is watched any more, and its tables become Parquet. Closing twice does nothing."""
         if self._closed or os.getpid() != self._process:  # a forked worker does not end its parent's run
             return
         self._closed = True
-        _OPEN.discard(self)
+        OPEN.discard(self)
         try:
             if self._watch:
                 self._watch.close()
@@ -234,7 +229,7 @@ class Tracker:
             self._watch.close()
         if self._writer and not self._closed:
             self._closed = True
-            _OPEN.discard(self)
+            OPEN.discard(self)
             try:
                 self._writer.close("failed", f"tracking ended: {error}")
             except Exception as also:
@@ -254,43 +249,6 @@ class Tracker:
         if self._strict:
             raise error
         logger.warning("tracker.%s: %s (%s); training goes on.", place, error, type(error).__name__)
-
-
-_OPEN: weakref.WeakSet[Tracker] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_open_trackers() -> None:
-    """A process that ends without closing its trackers loses nothing; how it ended is written down."""
-    for tracker in list(_OPEN):
-        tracker.close(*_ending(getattr(sys, "last_value", None), unfinished=True))
-
-
-def _ending(error: BaseException | None, *, unfinished: bool = False) -> tuple[str, str | None]:
-    """Return status and message of a run that ended with `error`."""
-    if isinstance(error, SystemExit) and not error.code:
-        error = None
-    if error is None:
-        return ("interrupted", "the process ended before the tracker was closed") if unfinished else ("complete", None)
-    status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)) else "failed"
-    return status, f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-def _open_writer(path: Path, manifest: Manifest) -> tuple[RunWriter, Path]:
-    """Open `path`, or the next free name beside it where it holds a run: neither run is lost."""
-    free, number = path, 1
-    while (free / "manifest.json").exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    if free != path:
-        logger.warning("tracker: %s holds a run already; this one is written to %s.", path, free)
-    return RunWriter(free, manifest), free
-
-
-def _writes_here() -> bool:
-    """Whether this process writes: of several that train together, the first does."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
 
 
 def _check(model: object, optimizer: object) -> None:
