@@ -14,7 +14,7 @@ from linchain_analysis.errors import InputError, LinchainError
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 _NAMES = ("overview", "loss", "effective-rank", "gradient-norms", "update-norms")
-_FORMATS = ("pdf", "png", "svg")
+_FORMATS = ("pdf", "png")
 
 
 @app.command()

@@ -30,10 +30,10 @@ class Drawn:
     columns: tuple[Column, ...]
 
     def render(self, kind: str) -> bytes:
-        """Return the figure as `pdf`, `png` or `svg`; the same figure gives the same bytes in every process."""
+        """Return the figure as `pdf` or `png`; the same figure gives the same bytes in every process."""
         buffer = io.BytesIO()
         # Dates in a file would make every redrawing a change.
-        dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}}
+        dates = {"pdf": {"CreationDate": None, "ModDate": None}}
         with paper_style():
             self.figure.savefig(buffer, format=kind, metadata=dates.get(kind))
         return buffer.getvalue()

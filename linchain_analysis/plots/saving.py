@@ -10,7 +10,7 @@ from typing import Any
 
 from linchain_analysis.plots.drawn import Drawn
 
-FORMATS = ("pdf", "png", "svg")
+FORMATS = ("pdf", "png")
 
 
 def save_figure(

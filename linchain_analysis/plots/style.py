@@ -132,8 +132,6 @@ PAPER: dict[Any, Any] = {
     "legend.handlelength": 3.2,
     "figure.constrained_layout.h_pad": 0.03,
     "figure.constrained_layout.w_pad": 0.03,
-    # Otherwise the identifiers in an SVG are new in every process.
-    "svg.hashsalt": "linchain_analysis",
     "savefig.dpi": 200,
     "figure.dpi": 200,
 }
