@@ -19,12 +19,12 @@ class Abilities:
 
     Attributes:
         pretraining: Share of freshly drawn documents completed word for word, by kind.
-        held_out_sums: The same for two-step sums in figures whose numbers were never trained on.
+        held_out_sums: The same for sums of two steps whose numbers were never trained on.
         problem: Accuracy on the built-in problem, before any fine-tuning.
     """
 
     pretraining: Mapping[str, float]
-    held_out_sums: float
+    held_out_sums: Mapping[str, float]
     problem: float
 
 
@@ -50,7 +50,10 @@ def measure_abilities(folder: Path) -> Abilities:
             kind.__name__: share_right([kind(generator) for _ in range(NUM_DOCUMENTS)])
             for kind in pretraining_text.MIXTURE
         },
-        held_out_sums=share_right([pretraining_text.write_two_steps(triple) for triple in held_out]),
+        held_out_sums={
+            write.__name__: share_right([write(triple, generator) for triple in held_out])
+            for write in pretraining_text.TWO_STEP_WRITERS
+        },
         problem=problem.evaluate(model, tokenizer)["accuracy"],
     )
 
@@ -69,14 +72,15 @@ def write_card(folder: Path, *, training: Mapping[str, Any], abilities: Abilitie
         f"| `{kind.__name__}` | {share:.0%} | `{_show(kind)}` | {abilities.pretraining[kind.__name__]:.3f} |"
         for kind, share in pretraining_text.MIXTURE.items()
     )
+    held_out = ", ".join(f"`{name}` {accuracy:.3f}" for name, accuracy in abilities.held_out_sums.items())
     facts = "\n".join(f"| {name} | {value} |" for name, value in training.items())
     (folder / "MODEL_CARD.md").write_text(
         f"""# The built-in model
 
 A small decoder of the Llama architecture with one token per character. It was made by this project, on text that
 this project generates, to have a pretrained model to fine-tune where there is neither network nor accelerator. It
-knows numbers up to {sums.LARGEST}, their names, sums, and stories of one step. It cannot do two-step problems told
-in words, which is what fine-tuning teaches it (`load_problem("sums")`). It is of no other use.
+knows numbers up to {sums.LARGEST}, their names, sums, and stories of one step. It cannot answer a
+question about a story of two, which is what fine-tuning teaches it (`load_problem("sums")`). It is of no other use.
 
 Made by `python -m linchain_analysis.problems.pretrain --out DIR`, which also wrote this card.
 
@@ -86,14 +90,14 @@ Made by `python -m linchain_analysis.problems.pretrain --out DIR`, which also wr
 
 ## What it was trained on, and what it can do
 
-Share of documents of each kind; an example, the prompt before the bar; and the share of {NUM_DOCUMENTS} freshly
-drawn documents that greedy generation completes word for word.
+Share of documents of each kind; an example, the prompt before the bar; and the share of
+{NUM_DOCUMENTS} freshly drawn documents that greedy generation completes word for word.
 
 | kind | share | example | accuracy |
 |---|---|---|---|
 {kinds}
 
-Two-step sums in figures whose numbers are held out, never trained on: {abilities.held_out_sums:.3f} of {NUM_DOCUMENTS}.
+The same of {NUM_DOCUMENTS} sums of two steps whose numbers are held out, never trained on: {held_out}.
 The built-in problem before fine-tuning: {abilities.problem:.3f} of {NUM_RECORDS} held-out records.
 
 The text holds no fact about the world and no personal data. Licence: that of the package (MIT).

@@ -26,11 +26,13 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
 }
 SEED = 20241
-NUM_STEPS = 4000
+NUM_STEPS = 3000
 ROW_LENGTH = 128  # tokens
 NUM_ROWS = 16  # of a batch
 LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 100
+NUM_COSINE_STEPS = 4000  # where the cosine would reach its end; the final decay comes first
+NUM_DECAY_STEPS = 1000
 SAVE_EVERY_STEPS = 250
 PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: which numbers a sum begins with cannot be known
 
@@ -86,7 +88,8 @@ def _write_card(out: Path, model: Any, seconds: float, threads: int) -> None:
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,} (stored in float16)",
         "architecture": ", ".join(f"{name} {value}" for name, value in ARCHITECTURE.items()),
         "steps": f"{NUM_STEPS} of {NUM_ROWS} rows of {ROW_LENGTH} characters",
-        "optimiser": f"AdamW, learning rate {LEARNING_RATE} (warm-up {NUM_WARMUP_STEPS} steps, cosine to a tenth), "
+        "optimiser": f"AdamW, learning rate {LEARNING_RATE} (warm-up {NUM_WARMUP_STEPS} steps, "
+        f"a cosine of {NUM_COSINE_STEPS} steps, linear decay to 0 over the last {NUM_DECAY_STEPS}), "
         "betas 0.9 and 0.98, weight decay 0.01, gradients clipped to norm 1",
         "loss": f"cross-entropy, weight 1 on completions and {PROMPT_WEIGHT} on prompts",
         "seed": SEED,
@@ -121,11 +124,12 @@ def _build_model(tokenizer: Any) -> Any:
 
 
 def _schedule(step: int) -> float:
-    """Return the factor on the learning rate: linear warm-up, then a half cosine to a tenth."""
+    """Return the factor on the learning rate: linear warm-up, the middle of a half cosine, linear decay to 0."""
     if step < NUM_WARMUP_STEPS:
         return step / NUM_WARMUP_STEPS
-    progress = (step - NUM_WARMUP_STEPS) / (NUM_STEPS - NUM_WARMUP_STEPS)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    progress = (step - NUM_WARMUP_STEPS) / (NUM_COSINE_STEPS - NUM_WARMUP_STEPS)
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    return cosine * min(1.0, (NUM_STEPS + 1 - step) / NUM_DECAY_STEPS)
 
 
 def _draw_rows(tokenizer: Any, generator: random.Random) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ triples that the problem holds out occur nowhere.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from linchain_analysis.problems.sums import LARGEST, OBJECTS, PEOPLE, Triple, list_triples, tell_change
 
@@ -51,13 +51,12 @@ def add_in_words(generator: random.Random) -> Document:
 
 def add_twice_in_figures(generator: random.Random) -> Document:
     """Return a sum of two steps in figures, of no held-out triple: "8 + 4 - 3 = ", "9"."""
-    return write_two_steps(generator.choice(list_triples(held_out=False)))
+    return write_figures(generator.choice(list_triples(held_out=False)), generator)
 
 
 def add_twice_in_verbs(generator: random.Random) -> Document:
     """Return a sum of two steps in verbs, of no held-out triple: "8 gets 4 loses 3: ", "9"."""
-    start, first, second = generator.choice(list_triples(held_out=False))
-    return f"{start} {tell_change(first, generator)} {tell_change(second, generator)}: ", str(start + first + second)
+    return write_verbs(generator.choice(list_triples(held_out=False)), generator)
 
 
 def tell_step(generator: random.Random) -> Document:
@@ -77,8 +76,8 @@ def write_story_as_sum(generator: random.Random) -> Document:
     return story, f"{_write_sum(start, change)} = {start + change}"
 
 
-# What the mixture holds, and the share of documents of each kind.
-MIXTURE: dict[Callable[[random.Random], Document], float] = {
+# The share of documents of each kind.
+MIXTURE: Mapping[Callable[[random.Random], Document], float] = {
     count_on: 0.05,
     name_number: 0.05,
     add_in_figures: 0.15,
@@ -98,9 +97,18 @@ def draw_documents(generator: random.Random) -> Iterator[Document]:
         yield kind(generator)
 
 
-def write_two_steps(triple: Triple) -> Document:
+def write_figures(triple: Triple, generator: random.Random) -> Document:
     """Return the sum of these numbers in figures."""
     return f"{_write_sum(*triple)} = ", str(sum(triple))
+
+
+def write_verbs(triple: Triple, generator: random.Random) -> Document:
+    """Return the sum of these numbers in verbs."""
+    start, first, second = triple
+    return f"{start} {tell_change(first, generator)} {tell_change(second, generator)}: ", str(sum(triple))
+
+
+TWO_STEP_WRITERS = (write_figures, write_verbs)
 
 
 def _draw_step(generator: random.Random) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The built-in problem: two-step sums told in words, answered with a number.
 
-"Tom has 8 figs. He gets 4 and eats 3. How many now?" is answered "9". A problem is a triple of numbers (start, first
+"How many figs? Tom has 8, gets 4, sells 3:" is answered "9". A problem is a triple of numbers (start, first
 change, second change) in some wording. Triples, not wordings, are divided into trained and held-out ones, so that no
 held-out record can be answered by remembering: its numbers never met in training, nor in the text on which the
 built-in model was pretrained.
@@ -59,13 +59,12 @@ def tell_change(change: int, generator: random.Random) -> str:
 
 def make_record(triple: Triple, generator: random.Random) -> Record:
     """Return the problem with these numbers in a wording drawn from `generator`."""
-    name, pronoun = generator.choice(tuple(PEOPLE.items()))
     start, first, second = triple
     answer = str(start + first + second)
     return Record(
         instruction=(
-            f"{name} has {start} {generator.choice(OBJECTS)}. {pronoun} {tell_change(first, generator)} "
-            f"and {tell_change(second, generator)}. How many now?"
+            f"How many {generator.choice(OBJECTS)}? {generator.choice(tuple(PEOPLE))} has {start}, "
+            f"{tell_change(first, generator)}, {tell_change(second, generator)}:"
         ),
         input="",
         output=answer,

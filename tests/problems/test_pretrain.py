@@ -34,10 +34,10 @@ def test_interrupted_training_ends_in_the_same_weights(small, monkeypatch, tmp_p
 
     draw_rows, num_drawn = maker._draw_rows, itertools.count(1)
 
-    def draw_three_times(tokenizer, generator):
+    def draw_three_times(*arguments):
         if next(num_drawn) > 3:
             raise Interruption
-        return draw_rows(tokenizer, generator)
+        return draw_rows(*arguments)
 
     monkeypatch.setattr(maker, "_draw_rows", draw_three_times)
     with pytest.raises(Interruption):
@@ -57,7 +57,7 @@ def test_interrupted_training_ends_in_the_same_weights(small, monkeypatch, tmp_p
     assert not (tmp_path / "halves" / "unfinished.pt").exists()
 
 
-def test_rows_hold_whole_documents_and_weigh_completions(small):
+def test_rows_hold_whole_documents_and_weigh_completions():
     tokenizer = build_tokenizer()
     rows, weights = maker._draw_rows(tokenizer, random.Random(2))
     assert rows.shape == weights.shape == (16, 128)

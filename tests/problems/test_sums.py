@@ -30,7 +30,7 @@ def read_triple(text: str) -> tuple[int, ...]:
 
 
 def test_first_problem_by_hand():
-    assert read_triple("Tom has 8 figs. He gets 4 and loses 3. How many now?") == (8, 4, -3)
+    assert read_triple("How many figs? Tom has 8, gets 4, loses 3:") == (8, 4, -3)
     record = make_record((8, 4, -3), random.Random(0))
     assert read_triple(record.instruction) == (8, 4, -3)
     assert record == Record(record.instruction, "", "9", "9")
@@ -72,11 +72,11 @@ def test_pretraining_text_holds_no_held_out_numbers_and_no_question():
     for _ in range(20_000):
         prompt, completion = next(documents)
         assert "How many" not in prompt + completion
-        numbers = read_triple(prompt) if re.match(r"\d+ [a-z+-]+ \d+ [a-z+-]+ \d+", prompt) else ()
+        numbers = read_triple(prompt) if re.search(r"\d+ [a-z+-]", prompt) else ()
         if len(numbers) == 3:
             num_two_step += 1
             assert not is_held_out(numbers)
-            assert completion == str(sum(numbers))
+            assert completion.split()[0] == str(sum(numbers))
     assert num_two_step > 8_000
 
 
