@@ -88,6 +88,6 @@ def test_card_says_what_is_measured():
     for kind, accuracy in abilities.pretraining.items():
         assert float(rows[kind]) == pytest.approx(accuracy, abs=0.0101), kind
     for kind, accuracy in abilities.held_out_sums.items():
-        stated = re.search(rf"held out.*`{kind}` ([\d.]+)", CARD).group(1)
+        stated = re.search(rf"held out.*`{kind}` (\d\.\d+)", CARD).group(1)
         assert float(stated) == pytest.approx(accuracy, abs=0.0101), kind
     assert f"before fine-tuning: {abilities.problem:.3f} of 200" in CARD
