@@ -1,6 +1,6 @@
 """The built-in problem: two-step sums told in words, answered with a number.
 
-"How many figs? Tom has 8, gets 4, sells 3:" is answered "9". A problem is a triple of numbers (start, first
+"Tom has 8 figs, gets 4, sells 3:" is answered "9". A problem is a triple of numbers (start, first
 change, second change) in some wording. Triples, not wordings, are divided into trained and held-out ones, so that no
 held-out record can be answered by remembering: its numbers never met in training, nor in the text on which the
 built-in model was pretrained.
@@ -63,7 +63,7 @@ def make_record(triple: Triple, generator: random.Random) -> Record:
     answer = str(start + first + second)
     return Record(
         instruction=(
-            f"How many {generator.choice(OBJECTS)}? {generator.choice(tuple(PEOPLE))} has {start}, "
+            f"{generator.choice(tuple(PEOPLE))} has {start} {generator.choice(OBJECTS)}, "
             f"{tell_change(first, generator)}, {tell_change(second, generator)}:"
         ),
         input="",

@@ -30,7 +30,7 @@ def read_triple(text: str) -> tuple[int, ...]:
 
 
 def test_first_problem_by_hand():
-    assert read_triple("How many figs? Tom has 8, gets 4, loses 3:") == (8, 4, -3)
+    assert read_triple("Tom has 8 figs, gets 4, loses 3:") == (8, 4, -3)
     record = make_record((8, 4, -3), random.Random(0))
     assert read_triple(record.instruction) == (8, 4, -3)
     assert record == Record(record.instruction, "", "9", "9")
@@ -68,10 +68,12 @@ PINNED = ((1, 1, 4), (1, 1, 7), (1, -1, 2))
 def test_pretraining_text_holds_no_held_out_numbers_and_no_question():
     generator = random.Random(11)
     documents = draw_documents(generator)
+    asked = re.compile(r"has \d+ \w+, ")  # the beginning of every question
+    assert all(asked.search(record.instruction) for record in draw_records(50, held_out=False, seed=0))
     num_two_step = 0
     for _ in range(20_000):
         prompt, completion = next(documents)
-        assert "How many" not in prompt + completion
+        assert not asked.search(prompt + completion)
         numbers = read_triple(prompt) if re.search(r"\d+ [a-z+-]", prompt) else ()
         if len(numbers) == 3:
             num_two_step += 1
