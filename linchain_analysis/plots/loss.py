@@ -23,6 +23,9 @@ _LINEAR_RATIO = 5.0
 def plot_loss(runs: RunSet, *, width: float | None = None) -> Drawn:
     """Draw the training loss of each method: mean over seeds with a 95 % t interval.
 
+    A loss that falls by more than a factor of 5 is drawn on a logarithmic axis, as geometric mean with the interval of
+    the logarithm.
+
     Args:
         runs: Runs of one problem, each method at one learning rate.
         width: In inches; a column of ICML if unset.
@@ -42,6 +45,9 @@ def prepare_loss(runs: RunSet) -> Content:
     positive = table["mean"][table["mean"] > 0]
     wide = positive.size > 0 and table["mean"].min() > 0 and positive.max() > _LINEAR_RATIO * positive.min()
     scale: Scale = "log" if wide else "linear"
+    if wide:
+        # On that axis an interval around the arithmetic mean would reach below zero and say nothing.
+        table = trajectories(frame, "loss", window=window, scale=scale)
     table.insert(0, "panel", "all")
     table.insert(0, "quantity", "loss")
     return Content(
