@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from linchain_analysis.errors import LinchainError
-from linchain_analysis.tracking.launcher import launch
+from linchain_analysis.tracking.launcher import check, launch
 
 app = typer.Typer(add_completion=False, context_settings={"allow_interspersed_args": False})
 
@@ -43,8 +43,8 @@ def parse(
     _REQUESTS.append(Request(target, arguments or [], is_module, out, preset, every))
 
 
-def main() -> int:
-    """Parse the command line, run the script and return its exit status."""
+def main() -> None:
+    """Parse the command line and run the script."""
     # Parsed here and run below, so that the script's interrupts and exceptions never pass through the parser.
     try:
         typer.main.get_command(app)()
@@ -53,18 +53,19 @@ def main() -> int:
             raise
     request = _REQUESTS.pop()
     try:
-        return launch(
-            request.target,
-            request.arguments,
-            is_module=request.is_module,
-            out=request.out,
-            preset=request.preset,
-            every=request.every,
-        )
+        check(request.target, is_module=request.is_module, preset=request.preset, every=request.every)
     except LinchainError as error:
         print(f"linchain_analysis: {error}", file=sys.stderr)
-        return 2
+        sys.exit(2)
+    launch(
+        request.target,
+        request.arguments,
+        is_module=request.is_module,
+        out=request.out,
+        preset=request.preset,
+        every=request.every,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from linchain_analysis.adapters.chain import FactorChain, InnerFactors
 
+# What PEFT hands to its own layers and not to the base layer.
+_OPTIONS = ("adapter_names", "alora_offsets")
+
 
 class ChainLinear(Linear):  # type: ignore[misc]
     """LoRA's linear layer with a forward that pays for depth once per call instead of once per token."""
@@ -25,7 +28,8 @@ class ChainLinear(Linear):  # type: ignore[misc]
         if adapter is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        base: Tensor = self.base_layer(x, *args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+        base: Tensor = self.base_layer(x, *args, **options)
         chain, last, scale = self.lora_A[adapter], self.lora_B[adapter].weight, self.scaling[adapter]
         first = chain.A
         x = self.lora_dropout[adapter](self._cast_input_dtype(x, first.dtype))
@@ -46,7 +50,7 @@ class ChainLinear(Linear):  # type: ignore[misc]
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """Return the adapter if there is just one to apply and nothing else to do, or None."""
-        if kwargs.get("adapter_names") is not None or kwargs.get("alora_offsets") is not None:
+        if any(kwargs.get(name) is not None for name in _OPTIONS):
             return None
         if self.disable_adapters or self.merged:
             return None

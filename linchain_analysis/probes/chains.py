@@ -62,7 +62,8 @@ class Chain:
         adapter: Name of the adapter.
         factors: From input to output.
         refused: Why the change of the effective weight is not the product of these factors, or None.
-        read_scale: Returns the present scale.
+        read_scale: Returns the present scale; NaN once the product is no longer the change of the weight, because the
+            adapter was deleted or the base weight trains as well.
     """
 
     module: str
@@ -147,9 +148,13 @@ def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
     if not factors:
         return None
     scaling = getattr(layer, "scaling", None)
+    base_weight = _base_weight(layer)
 
     def read_scale() -> float:
-        return float(scaling[adapter]) if isinstance(scaling, dict) and adapter in scaling else 1.0
+        if not isinstance(scaling, dict):
+            return 1.0
+        holds = adapter in scaling and not (base_weight is not None and base_weight.requires_grad)
+        return float(scaling[adapter]) if holds else float("nan")
 
     parts = name.split(".")
     block = next((int(part) for part in parts if part.isdigit()), None)
@@ -175,10 +180,15 @@ def _refusal(layer: LoraLayer, adapter: str) -> str | None:
     base = layer.get_base_layer()
     if isinstance(layer, _ConvNd) and base.groups > 1:
         return f"a convolution in {base.groups} groups changes block by block, not by one product of factors"
-    weight = getattr(base, getattr(layer, "parameter_name", "weight"), None)
-    if isinstance(weight, Tensor) and weight.requires_grad:
+    weight = _base_weight(layer)
+    if weight is not None and weight.requires_grad:
         return "its base weight trains as well, so the factors are not the whole change"
     return None
+
+
+def _base_weight(layer: BaseTunerLayer) -> Tensor | None:
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _other_factors(layer: BaseTunerLayer, adapter: str) -> tuple[Factor, ...]:

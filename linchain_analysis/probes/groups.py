@@ -34,6 +34,7 @@ class Group:
         had_gradient: Which members had one then.
         before: Per factor (k, p, q), as it was before the step.
         initial: Per factor (k, p, q), as it was when training began; None where the product was zero then.
+        initial_scales: (k, 1, 1), the scales at that time.
     """
 
     members: list[int]
@@ -45,6 +46,7 @@ class Group:
     had_gradient: list[Presence] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)
     initial: list[Tensor] | None = None
+    initial_scales: NDArray[np.float64] | None = None
 
     @property
     def num_factors(self) -> int:
@@ -55,6 +57,10 @@ class Group:
     def shapes(self) -> list[tuple[int, int]]:
         """Shapes of the factors in chain view."""
         return [factor.shape for factor in self.chains[0].factors]
+
+    def scales(self) -> NDArray[np.float64]:
+        """Return the present scale of each member, (k, 1, 1)."""
+        return np.array([chain.scale for chain in self.chains], dtype=np.float64)[:, None, None]
 
     def stack(self, i: int) -> Tensor:
         """Copy factor `i` of every member, (k, p, q)."""

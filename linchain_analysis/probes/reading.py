@@ -82,7 +82,7 @@ class ChainReader:
             vanishes = torch.stack([(stack == 0).flatten(1).all(dim=1) for stack in stacks]).any(dim=0)
             if bool(vanishes.all()):
                 continue
-            group.initial = stacks
+            group.initial, group.initial_scales = stacks, group.scales()
             for j, chain in enumerate(group.chains):
                 for factor, stack in zip(chain.factors, stacks, strict=True):
                     stored = stack[j].T if factor.transposed else stack[j]
@@ -166,8 +166,12 @@ class ChainReader:
             if not group.has_delta:
                 continue
             pairs = {"step": (before, after)}
-            if group.initial is not None:
-                pairs["start"] = (group.initial[i].double(), after)
+            if group.initial is not None and group.initial_scales is not None:
+                initial, scaled = group.initial[i].double(), after
+                if i == last:  # each with the scale of its time, which may have been changed in between
+                    initial = initial * torch.as_tensor(group.initial_scales, device=initial.device)
+                    scaled = after * torch.as_tensor(group.scales(), device=after.device)
+                pairs["start"] = (initial, scaled)
             for name, (old, new) in pairs.items():
                 if i in (0, last):
                     # [A | dA] and [dB; B']ᵀ: the order of the blocks follows measures.chains.update_core
@@ -211,13 +215,11 @@ class ChainReader:
             descent[group.members] = -_cosine(total_gd, total_gg, total_dd) if self._cosines else _NAN
             if not group.has_delta:
                 continue
-            scale = np.array([chain.scale for chain in group.chains])[:, None, None]
-            update = scale * _telescoped_core(fetched, g, group.num_factors, "step")
-            delta = scale * (
-                _present_core(fetched, g, group.num_factors)
-                if group.initial is None
-                else _telescoped_core(fetched, g, group.num_factors, "start")
-            )
+            update = group.scales() * _telescoped_core(fetched, g, group.num_factors, "step")
+            if group.initial is None:
+                delta = group.scales() * _present_core(fetched, g, group.num_factors)
+            else:
+                delta = _telescoped_core(fetched, g, group.num_factors, "start")
             delta_norm[group.members] = frobenius_norm(delta.reshape(len(delta), -1))
             delta_update_norm[group.members] = frobenius_norm(update.reshape(len(update), -1))
             if self._spectra:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,39 +29,52 @@ class Discovery:
     def __init__(self, make_tracker: Callable[[nn.Module, Optimizer, int], Any]) -> None:
         self._make_tracker = make_tracker
         self.trackers: list[Any] = []
-        self._known: set[int] = set()
-        self._kept: list[Optimizer] = []  # so that no id is used again
+        self._created: list[weakref.ref[Optimizer]] = []  # not yet looked at
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._scout = Scout(self._after_backward)
         self._handle = register_optimizer_step_pre_hook(self._before_step)
+        self._original_init = Optimizer.__init__
+        Optimizer.__init__ = self._watch_creation(Optimizer.__init__)  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Look no further."""
         self._scout.close()
         self._handle.remove()
+        Optimizer.__init__ = self._original_init  # type: ignore[method-assign]
+
+    def _watch_creation(self, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self._created.append(weakref.ref(optimizer))
+
+        return init
 
     def _after_backward(self, losses: Sequence[Tensor], scaler: Any) -> None:
-        """Look among the living optimisers; once each has been seen this finds nothing new and costs little."""
-        found = [o for o in _alive(Optimizer) if id(unwrap_optimizer(o)) not in self._known]
-        for optimizer in found:
+        """Look at the optimisers that were made since; the loss of this first backward pass is not lost on them."""
+        waiting = []
+        for reference in self._created:
+            optimizer = reference()
+            if optimizer is None:
+                continue
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 tracker = self._consider(unwrap_optimizer(optimizer))
                 if tracker is not None:
                     tracker.catch_up(losses, scaler)
-        if self._known:
-            self._scout.close()  # later optimisers are found when they step
+            else:
+                waiting.append(reference)
+        self._created = waiting
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Consider an optimiser that steps with a closure or came about without being made (unpickled)."""
         optimizer = unwrap_optimizer(optimizer)
-        if id(optimizer) not in self._known:
-            tracker = self._consider(optimizer)
-            if tracker is not None:
-                tracker.catch_up((), None)
+        if optimizer not in self._known:
+            self._consider(optimizer)
 
     def _consider(self, optimizer: Optimizer) -> Any:
-        if id(optimizer) in self._known:
+        if optimizer in self._known:
             return None
-        self._known.add(id(optimizer))
-        self._kept.append(optimizer)
+        self._known.add(optimizer)
         try:
             model = _model_of(optimizer)
             if model is None:

@@ -37,8 +37,11 @@ class Listener(Protocol):
     def before_clip(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
         """Gradients of `parameters` are about to be multiplied by `coef`, or clipped by value if it is None."""
 
-    def before_step(self, scale: Tensor | None) -> None:
-        """The optimiser is about to step; gradients still hold `scale`."""
+    def before_step(self, scale: Tensor | None, *, in_closure: bool) -> None:
+        """The optimiser is about to step; gradients still hold `scale`. In a closure more backward passes may come."""
+
+    def abandon_step(self) -> None:
+        """A step that had begun was left by an exception."""
 
     def after_step(self, found_inf: Tensor | None) -> None:
         """The optimiser stepped, or left the step out if `found_inf` is not zero."""
@@ -54,10 +57,12 @@ class Watch:
         optimizer = unwrap_optimizer(listener.optimizer)
         self._listener = listener
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            # A compiled training step is left for these, instead of being traced through them.
+            optimizer.register_step_pre_hook(_leaving_compiled_code(self._before_step)),
+            optimizer.register_step_post_hook(_leaving_compiled_code(self._after_step)),
         ]
         self.num_steps_seen = 0
+        _PATCHES.leave_compiled_code()
         _PATCHES.add(self)
 
     @property
@@ -75,16 +80,20 @@ class Watch:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._listener.before_step(getattr(optimizer, "grad_scale", None))
+            self._listener.before_step(getattr(optimizer, "grad_scale", None), in_closure=False)
             return None
         told = False
 
         def watched_closure(*closure_args: Any, **closure_kwargs: Any) -> Any:
             nonlocal told
-            result = closure(*closure_args, **closure_kwargs)
+            try:
+                result = closure(*closure_args, **closure_kwargs)
+            except BaseException:
+                self._listener.abandon_step()
+                raise
             if not told:  # LBFGS evaluates its closure again; the step's gradient is the first
                 told = True
-                self._listener.before_step(getattr(optimizer, "grad_scale", None))
+                self._listener.before_step(getattr(optimizer, "grad_scale", None), in_closure=True)
             return result
 
         if "closure" in kwargs:
@@ -124,8 +133,13 @@ class _Patches:
         self._originals: list[tuple[Any, str, Any, Any]] = []  # owner, name, original, replacement
         self._lock = threading.RLock()
         self._busy = threading.local()
-        # What GradScaler.scale was given and returned since the last backward pass, and which scaler it was.
-        self._scaled: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=64)
+        # What GradScaler.scale was given and returned, and which scaler it was, until its backward pass.
+        self._scaled: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=16)
+        self._tell_of_clipping: Callable[[Sequence[Tensor], Tensor | None], None] = self._tell_listeners
+
+    def leave_compiled_code(self) -> None:
+        """From now on leave compiled code to tell of clipping. Costs an import that everything with PEFT has paid."""
+        self._tell_of_clipping = _leaving_compiled_code(self._tell_listeners)
 
     def add(self, one: Watch | Scout) -> None:
         with self._lock:
@@ -149,11 +163,18 @@ class _Patches:
         self._replace(torch.autograd, "backward", self._backward)
         self._replace(scaler, "scale", self._scale)
         self._replace(scaler, "step", self._scaler_step)
-        # `clip_grad_norm_` looks this one up when it is called, so scripts that imported it before are seen as well.
-        self._replace(clip_grad, "_clip_grads_with_norm_", self._clip_by_norm)
-        self._replace(torch.nn.utils, "clip_grads_with_norm_", self._clip_by_norm)
-        for owner in (clip_grad, torch.nn.utils):
-            self._replace(owner, "clip_grad_value_", self._clip_by_value)
+        self._replace_inside(clip_grad, "_clip_grads_with_norm_", self._clip_by_norm)
+        self._replace_inside(clip_grad, "clip_grad_value_", self._clip_by_value)
+
+    def _replace_inside(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Replace the function that a decorated one calls, so that scripts which imported it by name are seen too."""
+        decorated = getattr(owner, name, None)
+        names = getattr(getattr(decorated, "__code__", None), "co_freevars", ())
+        if "func" not in names:  # another torch, which decorates in another way
+            self._replace(owner, name, wrapper)
+            return
+        cell = decorated.__closure__[names.index("func")]  # type: ignore[union-attr]
+        self._replace(cell, "cell_contents", wrapper)
 
     def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(owner, name, None)
@@ -183,9 +204,9 @@ class _Patches:
         if getattr(self._busy, "backward", False):  # a backward pass inside another is part of it
             return original(tensors, *args, **kwargs)
         listeners = self._listeners()
-        scaler = self._scaled[-1][0] if self._scaled else None
-        losses = [self._unscale(t, scaler) for t in _tensors(tensors) if t.numel() == 1]
-        self._scaled.clear()
+        found = [self._unscale(t) for t in _tensors(tensors) if t.numel() == 1]
+        losses = [loss for loss, _ in found]
+        scaler = next((scaler for _, scaler in found if scaler is not None), None)
         for listener in listeners:
             listener.begin_backward()
         self._busy.backward = True
@@ -199,21 +220,29 @@ class _Patches:
             scout.after_backward(losses, scaler)
         return result
 
-    def _unscale(self, loss: Tensor, scaler: Any) -> Tensor:
-        plain: Tensor
-        for _, plain, scaled in self._scaled:
+    def _unscale(self, loss: Tensor) -> tuple[Tensor, Any]:
+        """Return a copy of `loss` (scripts reuse theirs) without the scale of a scaler, and that scaler."""
+        plain: Tensor = loss.detach().clone()
+        for index, (scaler, given, scaled) in enumerate(self._scaled):
             if scaled is loss:
-                return plain.detach()
-        if scaler is not None and (scale := scaler._scale) is not None:
-            # Somebody went on computing with the scaled loss, such as dividing it by the accumulation steps.
-            plain = loss.detach() / scale.to(loss.device)
-            return plain
-        return loss.detach()
+                plain = given.detach().clone()
+            elif not _computed_from(loss, scaled):
+                continue
+            elif (scale := scaler._scale) is not None:
+                # Somebody went on computing with it, such as dividing it by the accumulation steps.
+                plain = plain / scale.to(plain.device)
+            del self._scaled[index]
+            return plain, scaler
+        return plain, None
 
     def _scale(self, original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
         result = original(scaler, outputs)
-        if scaler.is_enabled() and isinstance(outputs, Tensor) and isinstance(result, Tensor):
-            self._scaled.append((scaler, outputs, result))
+        given = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        if scaler.is_enabled():
+            returned = result if isinstance(result, (list, tuple)) else [result]
+            for plain, scaled in zip(given, returned, strict=False):
+                if isinstance(plain, Tensor) and isinstance(scaled, Tensor):
+                    self._scaled.append((scaler, plain, scaled))
         return result
 
     def _scaler_step(self, original: Callable[..., Any], scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +274,7 @@ class _Patches:
         self._tell_of_clipping(parameters, None)
         return original(parameters, *args, **kwargs)
 
-    def _tell_of_clipping(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
+    def _tell_listeners(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
         for listener in self._listeners():
             listener.before_clip(parameters, coef)
 
@@ -261,6 +290,20 @@ def scale_left_in(scaler: Any, optimizer: Optimizer) -> Tensor | None:
     ready = state is None or state["stage"].name == "READY"
     scale: Tensor | None = scaler._scale if ready else None
     return scale
+
+
+def _leaving_compiled_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _computed_from(loss: Tensor, scaled: Tensor, depth: int = 4) -> bool:
+    """Whether `loss` is `scaled` after a few operations, such as a division or a sum."""
+    nodes = {loss.grad_fn}
+    for _ in range(depth):
+        if scaled.grad_fn in nodes:
+            return scaled.grad_fn is not None
+        nodes = {parent for node in nodes if node is not None for parent, _ in node.next_functions}
+    return False
 
 
 def _tensors(given: Any) -> list[Tensor]:

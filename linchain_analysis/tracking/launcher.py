@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import runpy
 import sys
 import time
+import types
 from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,10 +25,24 @@ if TYPE_CHECKING:
     from linchain_analysis.tracking.tracker import Tracker
 
 
+def check(target: str, *, is_module: bool, preset: str, every: int | str) -> None:
+    """Refuse what cannot be meant before anything runs.
+
+    Raises:
+        InputError: There is no such script, preset or schedule.
+    """
+    if not is_module and not Path(target).is_file():
+        raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
+    find_preset(preset)
+    parse_every(every)
+
+
 def launch(
     target: str, arguments: Sequence[str], *, is_module: bool, out: Path | None, preset: str, every: int | str
-) -> int:
-    """Run `target` as `python` would, track what it trains, and return its exit status.
+) -> None:
+    """Run `target` as `python` would, and track what it trains.
+
+    How the script ends (`SystemExit`, an exception, an interrupt) goes on to the caller.
 
     Args:
         target: Path of a script, or name of a module.
@@ -34,14 +52,7 @@ def launch(
             the same name with `-2`.
         preset: As in `Tracker`.
         every: As in `Tracker`.
-
-    Raises:
-        InputError: There is no such script, preset or schedule.
     """
-    if not is_module and not Path(target).is_file():
-        raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
-    find_preset(preset)
-    parse_every(every)
     name = target.rpartition(".")[2] if is_module else Path(target).stem
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     session = _Session(folder, preset, every)
@@ -53,22 +64,38 @@ def launch(
             sys.path[0] = os.getcwd()
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
-            sys.path[0] = str(Path(target).resolve().parent)
-            runpy.run_path(target, run_name="__main__")
-    except SystemExit as end:
-        session.end(end)
-        raise
-    except KeyboardInterrupt as end:
-        session.end(end)
-        raise
+            _run_script(Path(target))
     except BaseException as error:
         session.end(error)
-        # As Python itself would print it: without the frames of this launcher.
-        error.__traceback__ = _from_script(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
+        _hide_own_frames()
+        raise
     session.end(None)
-    return 0
+
+
+def _run_script(path: Path) -> None:
+    """Run a script as the interpreter does: as the module `__main__`, which stays after it has run."""
+    absolute = str(path.absolute())
+    sys.path[0] = str(path.resolve().parent)
+    main = types.ModuleType("__main__")
+    main.__file__ = absolute
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
+    main.__loader__ = SourceFileLoader("__main__", absolute)
+    sys.modules["__main__"] = main
+    with io.open_code(absolute) as file:
+        # Not with the future statements of this file.
+        code = compile(file.read(), absolute, "exec", dont_inherit=True)
+    exec(code, main.__dict__)
+
+
+def _hide_own_frames() -> None:
+    """Let an exception that nobody catches be printed as without the launcher, by whatever hook the script has set."""
+    shown_by = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        error.__traceback__ = _from_script(trace)
+        shown_by(kind, error, error.__traceback__)
+
+    sys.excepthook = show
 
 
 class _Session:
@@ -92,7 +119,8 @@ class _Session:
         if os.getpid() != self._process:  # a worker that the script forked
             return
         if self._discovery is None:
-            _say("the script did not import torch; nothing was tracked.")
+            if error is None:
+                _say("the script did not import torch; nothing was tracked.")
             return
         self._discovery.close()
         for tracker in self._discovery.trackers:
@@ -115,8 +143,8 @@ class _Session:
 
 def _from_script(trace: TracebackType | None) -> TracebackType | None:
     """Drop the frames before the script's own."""
-    ours = {__file__, runpy.__file__, "<frozen runpy>"}
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename in ours:
+    ours = (str(Path(__file__).parents[1]), "<frozen runpy>", runpy.__file__)
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
         trace = trace.tb_next
     return trace
 

@@ -96,6 +96,8 @@ class Recorder:
         self._read = False  # the gradients of this step have been read
         self._recording = False
         self._stepping = False
+        self._in_closure = False
+        self._decided, self._wanted = 0, False
         self._grad_norm: Tensor | None = None
         self._learning_rate: Any = None
         self._own_seconds = 0.0
@@ -107,6 +109,11 @@ class Recorder:
     @_guarded
     def begin_backward(self) -> None:
         """Note the state of the gradients, to see whether this backward pass is about them."""
+        if self._stepping and not self._in_closure:
+            self._forget()  # the step that had begun was left by an exception
+        self._watched = _watched_parameters(self.optimizer, self._chains)
+        if self._losses and not self._stepping and all(parameter.grad is None for parameter in self._watched):
+            self._forget()  # somebody discarded a batch
         self._versions = [_version(parameter) for parameter in self._watched]
 
     @_guarded
@@ -126,6 +133,8 @@ class Recorder:
     @_guarded
     def before_clip(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
         """Read the gradients while they are whole."""
+        if self._stepping:  # a later evaluation of a closure
+            return
         clipped = {id(parameter) for parameter in parameters}
         if not any(id(parameter) in clipped for parameter in self._watched):
             return
@@ -134,15 +143,22 @@ class Recorder:
         self._clipping = _combine(self._clipping, coef, clipped)
 
     @_guarded
-    def before_step(self, scale: Tensor | None) -> None:
+    def before_step(self, scale: Tensor | None, *, in_closure: bool) -> None:
         """Read the gradients if nobody clipped them, and copy the factors."""
+        if self._stepping:  # the step before was left by an exception, and no backward pass came since
+            self._read = False
         if not self._read:
             self._read_gradients(scale)
-        self._stepping = True
+        self._stepping, self._in_closure = True, in_closure
         self._begin()
         self._learning_rate = self.optimizer.param_groups[0].get("lr")
         if self._recording:
             self._reader.read_before()
+
+    @_guarded
+    def abandon_step(self) -> None:
+        """Forget a step that was left by an exception."""
+        self._forget()
 
     @_guarded
     def after_step(self, found_inf: Tensor | None) -> None:
@@ -183,7 +199,12 @@ class Recorder:
         self._losses += losses
         self._scaler = scaler
         # What was read at an earlier clipping is not the whole gradient any more.
-        self._read = False
+        self._read, self._clipping = False, None
+
+    def _forget(self) -> None:
+        """Begin the step anew."""
+        self._losses, self._scaler, self._clipping = [], None, None
+        self._read = self._recording = self._stepping = False
 
     def _begin(self) -> None:
         """Before the very first step: remember the factors where delta does not start from a zero product."""
@@ -197,7 +218,10 @@ class Recorder:
     def _read_gradients(self, scale: Tensor | None) -> None:
         self._write()  # of the step before, if nobody completed it
         self._read = True
-        self._recording = self._schedule.wants(self.num_steps + 1, self.writer.bytes_written)
+        step = self.num_steps + 1
+        if self._decided != step:  # a schedule is asked once for each step
+            self._decided, self._wanted = step, self._schedule.wants(step, self.writer.bytes_written)
+        self._recording = self._wanted
         self._grad_norm = norm_of_gradients(self.optimizer, scale)
         if self._recording:
             self._reader.read_gradients(scale)
@@ -233,8 +257,7 @@ class Recorder:
             "seconds": [now - self._last_end],
         }
         self._last_end = now
-        self._losses, self._scaler, self._clipping = [], None, None
-        self._read = self._recording = self._stepping = False
+        self._forget()
         if not self._deferred:
             self._write()
 
@@ -253,9 +276,10 @@ class Recorder:
 
 
 def _watched_parameters(optimizer: Optimizer, chains: Sequence[Chain]) -> list[nn.Parameter]:
-    """Parameters by which a backward pass or a clipping is recognised as this optimiser's."""
-    factors = [factor.parameter for chain in chains for factor in chain.factors]
-    return factors or [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Parameters by which a backward pass or a clipping is recognised as this optimiser's, each once."""
+    optimized = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    factors = (factor.parameter for chain in chains for factor in chain.factors)
+    return list({id(parameter): parameter for parameter in (*optimized, *factors)}.values())
 
 
 def _version(parameter: nn.Parameter) -> tuple[int, int]:

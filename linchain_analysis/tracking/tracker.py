@@ -77,6 +77,7 @@ class Tracker:
         self._watch: Watch | None = None
         self._waiting: list[tuple[int, str, Any]] = []  # logged before the first step, or still on a device
         self._closed = False
+        self._num_steps = 0
         self._process = os.getpid()
         chosen, schedule = find_preset(preset), parse_every(every, num_steps, log_budget_bytes)
         inner = unwrap_optimizer(optimizer)
@@ -120,7 +121,7 @@ class Tracker:
     @property
     def num_steps(self) -> int:
         """How many optimiser steps have ended since tracking began."""
-        return self._recorder.num_steps if self._recorder else 0
+        return self._recorder.num_steps if self._recorder else self._num_steps
 
     def log(self, **values: float | Tensor) -> None:
         """Add scalars to the last finished step, or to the first one if none has finished.
@@ -188,6 +189,8 @@ class Tracker:
                 self._writer.close(status, message)
         except Exception as error:
             self._report("close", error)
+        # A closed tracker that somebody keeps does not keep the optimiser's state.
+        self._num_steps, self._recorder, self._watch = self.num_steps, None, None
 
     def _flush_log(self, *, ready_only: bool = False) -> None:
         """Hand logged scalars over once there is a step for them, and those on a device once that step is past."""

@@ -177,3 +177,9 @@ def test_empty_batch() -> None:
     assert out.shape == (0, 3, 5)
     out.sum().backward()
     assert all(p.grad.abs().sum() == 0 for p in layer.parameters() if p.requires_grad)
+
+
+def test_options_that_are_none_do_not_reach_the_base_layer():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LinChainConfig(r=2, target_modules=["0"]))
+    layer, x = model.base_model.model[0], torch.randn(3, 6)
+    torch.testing.assert_close(layer(x, adapter_names=None, alora_offsets=None), layer(x), rtol=0, atol=0)

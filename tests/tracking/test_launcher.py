@@ -96,6 +96,74 @@ def test_exit_status_and_traceback_are_the_script_s_own(tmp_path: Path) -> None:
     assert len(load_run(tmp_path / "seven").steps) == 3
 
 
+SEVERAL = """
+import os, sys, torch
+from torch.nn.utils import clip_grad_norm_
+from peft import LoraConfig, get_peft_model
+
+def f(x: int): ...
+
+assert f.__annotations__ == {"x": int}  # no future statement of the launcher's
+
+def main():
+    os.chdir("/")
+    open(__file__).close()
+    assert sys.modules["__main__"].__file__ == __file__
+    for k in range(3):
+        torch.manual_seed(k)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 6)).square().mean()
+            loss.backward()
+            norm = clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            print(k, repr(loss.item()), repr(norm.item()))
+    print(sys.argv[0])
+
+main()
+"""
+
+
+def test_each_optimiser_has_a_run_of_its_own_whole_from_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / "several.py").write_text(SEVERAL)
+    done = subprocess.run(
+        [sys.executable, "-m", "linchain_analysis.track", "--out", "run", "several.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, argv0 = done.stdout.splitlines()
+    assert argv0 == "several.py"
+    printed = np.array([[float(word) for word in row.split()] for row in rows])
+    for k, name in enumerate(["run", "run-2", "run-3"]):
+        steps = load_run(tmp_path / name).steps
+        np.testing.assert_allclose(steps[["loss", "grad_norm"]], printed[printed[:, 0] == k][:, 1:], rtol=1e-6)
+        assert (steps["clip_coef"] < 1).all()
+
+
+def test_an_interrupted_script_ends_as_python_would(tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import torch\nprint('ready', flush=True)\nimport time\ntime.sleep(100)\n")
+    outcomes = []
+    for tracker in ([], ["-m", "linchain_analysis.track", "--out", "run"]):
+        process = subprocess.Popen(
+            [sys.executable, *tracker, "wait.py"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        outcomes.append((process.returncode, [line for line in err.splitlines() if "linchain_analysis:" not in line]))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_a_killed_script_keeps_its_steps(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     process = subprocess.Popen(
