@@ -6,9 +6,11 @@ from linchain_analysis.analysis.comparisons import Comparison, require_one_condi
 from linchain_analysis.analysis.ranks import measure_ranks
 from linchain_analysis.analysis.summary import summarise_methods
 from linchain_analysis.analysis.trajectories import trajectories
+from linchain_analysis.runs import RunSet
 
 __all__ = [
     "Comparison",
+    "RunSet",
     "measure_ranks",
     "require_one_condition",
     "split_comparisons",

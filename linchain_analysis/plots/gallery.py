@@ -12,7 +12,7 @@ from linchain_analysis.plots.overview import CONTENTS, draw_overview, prepare_co
 from linchain_analysis.plots.panels import draw_content
 
 if TYPE_CHECKING:
-    from linchain_analysis.runs import RunSet
+    from linchain_analysis.analysis import RunSet
 
 OVERVIEW = "overview"
 FIGURES = (OVERVIEW, *CONTENTS)

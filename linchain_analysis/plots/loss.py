@@ -13,7 +13,7 @@ from linchain_analysis.plots.panels import draw_content
 from linchain_analysis.plots.style import WIDTHS
 
 if TYPE_CHECKING:
-    from linchain_analysis.runs import RunSet
+    from linchain_analysis.analysis import RunSet
 
 # A loss that falls further than this is drawn on a logarithmic axis: on a linear one its first steps would hide all
 # that comes after.

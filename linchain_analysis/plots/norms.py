@@ -13,7 +13,7 @@ from linchain_analysis.plots.panels import draw_content
 from linchain_analysis.plots.style import WIDTHS
 
 if TYPE_CHECKING:
-    from linchain_analysis.runs import RunSet
+    from linchain_analysis.analysis import RunSet
 
 _GAUGE = (
     "These norms depend on the gauge (W_i → W_i M, W_{i+1} → M⁻¹ W_{i+1}): they describe the factors and not the "

@@ -19,7 +19,7 @@ from linchain_analysis.plots.style import WIDTHS, assign_styles, paper_style
 from linchain_analysis.vocabulary import Column
 
 if TYPE_CHECKING:
-    from linchain_analysis.runs import RunSet
+    from linchain_analysis.analysis import RunSet
 
 CONTENTS = {
     "loss": prepare_loss,

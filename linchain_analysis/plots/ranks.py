@@ -15,7 +15,7 @@ from linchain_analysis.plots.panels import draw_content
 from linchain_analysis.plots.style import WIDTHS
 
 if TYPE_CHECKING:
-    from linchain_analysis.runs import RunSet
+    from linchain_analysis.analysis import RunSet
 
 _TITLES = {
     "effective_rank": r"effective rank ($p_i \propto \sigma_i$)",

@@ -195,13 +195,21 @@ def test_losses_that_fall_far_get_a_logarithmic_axis() -> None:
     assert _axes(plot_loss(_losses({"lora-16": [[-1.0, 60.0]]})).figure)[0].get_yscale() == "linear"
 
 
-def test_a_band_that_reaches_below_zero_is_not_torn_on_a_logarithmic_axis() -> None:
-    drawn = plot_loss(_losses({"lora-16": [[9.0, 1.0, 0.5], [11.0, 1.0, 1.5]]}))  # at step 3: 1 ± 6.35
+def test_a_loss_on_a_logarithmic_axis_has_the_interval_of_its_logarithm() -> None:
+    drawn = plot_loss(_losses({"lora-16": [[9.0, 1.0, 0.5], [11.0, 1.0, 1.5]]}))
     (axes,) = _axes(drawn.figure)
     (band,) = axes.collections
+    assert axes.get_yscale() == "log"
     assert len(band.get_paths()) == 1
-    assert drawn.table["low"].min() < 0 < axes.get_ylim()[0] < 1.0
+    last = drawn.table.iloc[-1]
+    # Two seeds: the mean of two logarithms, and t(0.975, 1 degree of freedom) = 12.706 times half their distance.
+    centre, half = np.log([0.5, 1.5]).mean(), 12.7062 * np.log(1.5 / 0.5) / 2
+    np.testing.assert_allclose(
+        np.log(last[["low", "mean", "high"]].astype(float)), centre + half * np.array([-1, 0, 1]), rtol=1e-5
+    )
+    assert 0 < last["low"] < axes.get_ylim()[0] < 1.0
     assert "cut at the panel's edge" in drawn.caption
+    assert "geometric mean" in drawn.caption
 
 
 def test_a_wide_band_is_cut_rather_than_the_curves_flattened_and_the_caption_says_so() -> None:
