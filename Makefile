@@ -26,6 +26,7 @@ lint: $(INSTALLED)
 # The stamp is made last, so an installation that was cut short is made again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else 'Makefile: expected Python 3.11 to 3.13, got %d.%d; do: make PYTHON=python3.11' % v)"
+	@echo "Installing into $(VENV); this takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@

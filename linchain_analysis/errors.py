@@ -18,7 +18,8 @@ class LinchainError(Exception):
         self.expected = expected
         self.got = got
         self.do = do
-        super().__init__(f"{place}: expected {expected}, got {got}; {do}.")
+        end = "" if do.endswith("?") else "."
+        super().__init__(f"{place}: expected {expected}, got {got}; {do}{end}")
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes send errors home by pickling; keyword-only arguments need help with that.

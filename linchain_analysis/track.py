@@ -35,8 +35,10 @@ def parse(
     target: Annotated[str, typer.Argument(metavar="SCRIPT", help="The script, or with -m the module, to run.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Passed on as they are.")] = None,
     is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The run folder [default: runs/SCRIPT-TIME].")] = None,
-    preset: Annotated[str, typer.Option(help="light, standard or full.")] = "standard",
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/SCRIPT-TIME if it is not given.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="light (norms), standard (spectra and cosines), or full, which for now is standard.")
+    ] = "standard",
     every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
 ) -> None:
     """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MEASURES = ("final_loss", "accuracy", "final_effective_rank")
 FINAL_SHARE = 0.1
 _SPLITS = ("test", "eval")
+CUT = ", cut to the range of the measure"
 
 
 def summarise_methods(runs: RunSet) -> pd.DataFrame:
@@ -38,7 +39,9 @@ def summarise_methods(runs: RunSet) -> pd.DataFrame:
     Returns:
         `method measure mean low high num_seeds interval num_finite problem base_learning_rate`, one row for each
         measure that any run of the method has. Diverged runs stay in: where a run's measure is NaN or infinite,
-        `num_finite` is below `num_seeds` and mean, low and high are NaN. low and high are NaN with one seed.
+        `num_finite` is below `num_seeds` and mean, low and high are NaN. low and high are NaN with one seed. An
+        interval that leaves the range of its measure (0 … 1 for accuracy, from 0 for a loss of which no run is
+        negative, from 1 for a rank) is cut to it, which changes nothing about how often it covers the truth.
 
     Raises:
         InputError: Two runs have the same method, problem, learning rate and seeds.
@@ -50,12 +53,26 @@ def summarise_methods(runs: RunSet) -> pd.DataFrame:
     }
     values = complete_labels(pd.concat([part.assign(measure=name) for name, part in parts.items()], ignore_index=True))
     check_replicates(values)
-    table = summarise_over_seeds(values, "value", [*CONDITION, "measure"])
+    table = _cut_to_range(summarise_over_seeds(values, "value", [*CONDITION, "measure"]), values)
     order = {method: place for place, method in enumerate(sort_methods(table["method"]))}
     rank = table["method"].map(order), table["measure"].map(dict(zip(MEASURES, range(3), strict=True)))
     table = table.iloc[np.lexsort((rank[1], table["base_learning_rate"], rank[0], table["problem"]))]
     columns = ["method", "measure", "mean", "low", "high", "num_seeds", "interval", "num_finite"]
     return table[[*columns, "problem", "base_learning_rate"]].reset_index(drop=True)
+
+
+def _cut_to_range(table: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+    """Cut intervals to the values that their measure can take, and say so where that changed one."""
+    losses = values.loc[values["measure"] == "final_loss", "value"]
+    ranges = {
+        "final_loss": (-np.inf if (losses < 0).any() else 0.0, np.inf),
+        "accuracy": (0.0, 1.0),
+        "final_effective_rank": (1.0, np.inf),
+    }
+    least, most = (table["measure"].map({name: pair[side] for name, pair in ranges.items()}) for side in (0, 1))
+    low, high = table["low"].clip(lower=least), table["high"].clip(upper=most)
+    cut = (low > table["low"]) | (high < table["high"])
+    return table.assign(low=low, high=high, interval=table["interval"].mask(cut, table["interval"] + CUT))
 
 
 def find_final_loss(runs: RunSet) -> pd.DataFrame:

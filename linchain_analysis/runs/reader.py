@@ -39,7 +39,8 @@ def load_run(path: str | Path, *, damaged: str = "raise") -> Run:
         raise InputError("damaged", expected="raise or drop", got=repr(damaged), do="pass one of these")
     folder = Path(path)
     if not folder.is_dir():
-        raise RunError(str(folder), expected="a run folder", got="no such folder", do="check the path")
+        got = "a file" if folder.exists() else "no such folder"
+        raise RunError(str(folder), expected="a run folder", got=got, do="check the path")
     return Run(folder, read_manifest(folder), drop_damage=damaged == "drop")
 
 

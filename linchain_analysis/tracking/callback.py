@@ -78,7 +78,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
             init_seed=args.seed if self._init_seed is None else self._init_seed,
             data_seed=data_seed if self._data_seed is None else self._data_seed,
             num_steps=state.max_steps,
-            _deferred=True,
+            deferred=True,
             **self._options,
         )
         self.path = self.tracker.path

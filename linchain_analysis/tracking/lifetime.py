@@ -39,7 +39,7 @@ def describe_ending(error: BaseException | None, *, unfinished: bool = False) ->
         error = None
     if error is None:
         return ("interrupted", "the process ended before the tracker was closed") if unfinished else ("complete", None)
-    status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)) else "failed"
+    status = "interrupted" if isinstance(error, (KeyboardInterrupt, GeneratorExit)) else "failed"
     return status, f"{type(error).__name__}: {error}".removesuffix(": ")
 
 

@@ -34,7 +34,8 @@ class Tracker:
         model: Holds the adapted layers: a PEFT model, or a model that contains one.
         optimizer: Trains them; wrappers such as Accelerate's are looked through.
         path: The run folder. Where it holds a run already, the next free name beside it is taken and said.
-        preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full`.
+        preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full`, which
+            records what `standard` does until its own measures exist (the table `links` stays empty).
         every: Which steps are recorded whole: an int (each n-th), a function step → bool, or "auto" (every step at
             first, then thinned so that the log stays under `log_budget_bytes`). The table `steps` is complete anyway.
         method: Name of the method for comparisons; guessed from the adapter where it is not said.
@@ -46,6 +47,7 @@ class Tracker:
         num_steps: Length of the run where it is known, for `every="auto"`.
         log_budget_bytes: For `every="auto"`.
         strict: Raise faults of the tracker instead of reporting them.
+        deferred: Whether the rows of a step wait until `complete_step` says what only the training loop knows.
 
     Raises:
         InputError: An argument that cannot be meant.
@@ -68,7 +70,7 @@ class Tracker:
         num_steps: int | None = None,
         log_budget_bytes: int = LOG_BUDGET_BYTES,
         strict: bool = False,
-        _deferred: bool = False,
+        deferred: bool = False,
     ) -> None:
         self.path = Path(path)
         self._strict = strict
@@ -102,9 +104,7 @@ class Tracker:
                     extra=dict(extra or {}),
                 ),
             )
-            self._recorder = Recorder(
-                inner, chains, self._writer, chosen, schedule, deferred=_deferred, fail=self._fail
-            )
+            self._recorder = Recorder(inner, chains, self._writer, chosen, schedule, deferred=deferred, fail=self._fail)
             self._watch = Watch(self._recorder)
             OPEN.add(self)
         except Exception as error:

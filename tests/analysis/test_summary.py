@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from synthetic_runs import FrameRuns, comparison, rows
 
-from linchain_analysis.analysis.summary import summarise_methods
+from linchain_analysis.analysis.summary import _cut_to_range, summarise_methods
 from linchain_analysis.errors import InputError
 
 COLUMNS = ["method", "measure", "mean", "low", "high", "num_seeds", "interval"]
@@ -91,3 +91,16 @@ def test_the_same_seed_twice_is_refused() -> None:
     steps = [rows("lora-16", 7, {"step": [1], "loss": [1.0]}).assign(run=name) for name in ("a", "b")]
     with pytest.raises(InputError, match="seeds 7/7: a, b"):
         summarise_methods(_runs(steps=steps))
+
+
+def test_intervals_stay_in_the_range_of_their_measure_and_say_when_they_were_cut() -> None:
+    values = pd.DataFrame({"measure": ["final_loss", "accuracy", "final_effective_rank"], "value": [0.1, 0.9, 2.0]})
+    table = values.assign(low=[-0.5, 0.6, 0.2], high=[0.7, 1.2, 3.8], interval="95 % t interval over seeds")
+    cut = _cut_to_range(table, values)
+    assert cut["low"].tolist() == [0.0, 0.6, 1.0]
+    assert cut["high"].tolist() == [0.7, 1.0, 3.8]
+    assert cut["interval"].str.endswith("cut to the range of the measure").all()
+    inside = _cut_to_range(table.assign(low=[0.1, 0.6, 1.5], high=[0.7, 0.9, 3.8]), values)
+    assert (inside["interval"] == "95 % t interval over seeds").all()
+    negative = values.assign(value=[-0.1, 0.9, 2.0])
+    assert _cut_to_range(table, negative)["low"].iloc[0] == -0.5
