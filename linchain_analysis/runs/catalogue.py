@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from linchain_analysis.errors import RunError
+from linchain_analysis.runs.frames import Frames
 from linchain_analysis.runs.manifest import MANIFEST
 from linchain_analysis.runs.reader import Run, load_run
 
@@ -52,7 +53,7 @@ def load_runs(paths: Sequence[str | Path | Run] | str | Path, *, damaged: str = 
     return RunSet(list(unique.values()))
 
 
-class RunSet(Sequence[Run]):
+class RunSet(Frames, Sequence[Run]):
     """Several runs, whose tables can be read as one."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -67,31 +68,6 @@ class RunSet(Sequence[Run]):
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """The tables `steps` of all runs."""
-        return self.read("steps")
-
-    @cached_property
-    def modules(self) -> pd.DataFrame:
-        """The tables `modules` of all runs."""
-        return self.read("modules")
-
-    @cached_property
-    def factors(self) -> pd.DataFrame:
-        """The tables `factors` of all runs."""
-        return self.read("factors")
-
-    @cached_property
-    def links(self) -> pd.DataFrame:
-        """The tables `links` of all runs."""
-        return self.read("links")
-
-    @cached_property
-    def evals(self) -> pd.DataFrame:
-        """The tables `evals` of all runs."""
-        return self.read("evals")
 
     @cached_property
     def catalogue(self) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 
 from linchain_analysis.errors import DamageError, InputError, RunError
 from linchain_analysis.runs.derived import SOURCES, derive
+from linchain_analysis.runs.frames import FRAMES, Frames
 from linchain_analysis.runs.manifest import Manifest, read_manifest
 from linchain_analysis.runs.parquet import name_columns, read_parquet
 from linchain_analysis.runs.schema import BY_STEP, LIVE, stream_name
@@ -20,7 +20,6 @@ from linchain_analysis.runs.streams import read_stream
 from linchain_analysis.runs.writer import numbers_of
 from linchain_analysis.vocabulary import columns_of
 
-FRAMES = ("steps", "modules", "factors", "links", "evals")
 _OF_MODULE = ("kind", "layer")  # from the manifest, for convenience
 
 
@@ -44,7 +43,7 @@ def load_run(path: str | Path, *, damaged: str = "raise") -> Run:
     return Run(folder, read_manifest(folder), drop_damage=damaged == "drop")
 
 
-class Run:
+class Run(Frames):
     """One run. Its tables are pandas frames, read when they are first used and kept.
 
     Attributes:
@@ -95,31 +94,6 @@ class Run:
         """How many steps have their row, without reading any table of a complete run."""
         entry = self.manifest.tables.get("steps")
         return int(entry["num_rows"]) if entry is not None else len(self._step_numbers())
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """One row per optimiser step, with what `log` added."""
-        return self.read("steps")
-
-    @cached_property
-    def modules(self) -> pd.DataFrame:
-        """One row per recorded step and adapted layer."""
-        return self.read("modules")
-
-    @cached_property
-    def factors(self) -> pd.DataFrame:
-        """One row per recorded step, adapted layer and factor."""
-        return self.read("factors")
-
-    @cached_property
-    def links(self) -> pd.DataFrame:
-        """One row per recorded step, adapted layer and pair of neighbouring factors."""
-        return self.read("links")
-
-    @cached_property
-    def evals(self) -> pd.DataFrame:
-        """One row per evaluation, split and metric."""
-        return self.read("evals")
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read `columns` of `table` (all of them by default), computing derived ones.
