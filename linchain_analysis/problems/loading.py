@@ -17,7 +17,7 @@ PROBLEM_NAMES = ("sums",)
 NUM_TRAIN = 4000  # records of the built-in problem
 
 # Chosen so that every method is well above the base model at the end, and none is at its ceiling from the start.
-SUMS_DEFAULTS = ProblemDefaults(learning_rate=2.5e-3, num_steps=260, batch_size=16, num_eval=200, max_length=256)
+SUMS_DEFAULTS = ProblemDefaults(learning_rate=2.5e-3, num_steps=320, batch_size=16, num_eval=200, max_length=256)
 SUMS_ANSWER = AnswerForm("exact", max_new_tokens=4)
 BUILTIN_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 

@@ -278,7 +278,8 @@ def _checked_scalar(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise InputError(name, expected="one number", got=f"a tensor of shape {tuple(value.shape)}", do="reduce it")
-        return value.detach().clone() if _on_device(value) else float(value)
+        value = value.detach()
+        return value.clone() if _on_device(value) else float(value)
     return float(value)
 
 

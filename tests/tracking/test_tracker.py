@@ -185,13 +185,14 @@ def test_losses_of_other_models_are_not_this_ones(tmp_path: Path) -> None:
     assert load_run(tmp_path / "run").steps["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_log_overrides_and_adds(tmp_path: Path) -> None:
     model = adapted("lora-4")
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     with Tracker(model, optimizer, tmp_path / "run", strict=True) as tracker:
         for seed in range(3):
             step(model, optimizer, seed)
-            tracker.log(loss=torch.tensor(10.0 + seed), perplexity=2.0 * seed)
+            tracker.log(loss=torch.tensor(10.0 + seed, requires_grad=True), perplexity=2.0 * seed)
         tracker.log_eval("eval", loss=1.5, accuracy=0.25)
         with pytest.raises(InputError, match="one number"):
             tracker.log(loss=torch.ones(2))
