@@ -31,6 +31,7 @@ class Group:
         gradients: Per factor (k, p, q), of this step; None where no member has one.
         has_gradient: Per factor (k,), which members have one.
         previous: Gradients of the last recorded step, None before it.
+        previous_squares: Per factor (k,), their ‖g‖²; None where no member had one.
         had_gradient: Which members had one then.
         before: Per factor (k, p, q), as it was before the step.
         initial: Per factor (k, p, q), as it was when training began; None where the product was zero then.
@@ -43,6 +44,7 @@ class Group:
     gradients: list[Tensor | None] = field(default_factory=list)
     has_gradient: list[Presence] = field(default_factory=list)
     previous: list[Tensor | None] = field(default_factory=list)
+    previous_squares: list[NDArray[np.float64] | None] = field(default_factory=list)
     had_gradient: list[Presence] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)
     initial: list[Tensor] | None = None

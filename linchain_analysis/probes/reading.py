@@ -99,7 +99,7 @@ class ChainReader:
                 group.gradients, group.has_gradient = [], []
                 for i in range(group.num_factors):
                     gradient, present = group.stack_gradients(i, divisor)
-                    group.gradients.append(gradient)
+                    group.gradients.append(gradient if self._cosines else None)  # only cosines need it again
                     group.has_gradient.append(present)
                     if gradient is None:
                         continue
@@ -107,9 +107,7 @@ class ChainReader:
                     self._add(g, i, "gg", _dot(wide, wide))
                     previous = group.previous[i] if group.previous else None
                     if self._cosines and previous is not None:
-                        old = previous.double()
-                        self._add(g, i, "gh", _dot(wide, old))
-                        self._add(g, i, "hh", _dot(old, old))
+                        self._add(g, i, "gh", _dot(wide, previous.double()))
 
     @torch.no_grad()
     def read_before(self) -> None:
@@ -134,9 +132,10 @@ class ChainReader:
             values = self._copy.fetch()
         fetched = {key: values[number] for key, number in self._numbers.items()}
         reading = self._assemble(fetched)
-        for group in self._groups:
+        for g, group in enumerate(self._groups):
             if self._cosines:
                 group.previous, group.had_gradient = group.gradients, group.has_gradient
+                group.previous_squares = [fetched.get((g, i, "gg")) for i in range(group.num_factors)]
             group.gradients, group.before = [], []
         return reading, [values[number] for number in first_extra]
 
@@ -198,9 +197,11 @@ class ChainReader:
                 present = group.has_gradient[i] if group.has_gradient else np.zeros(size, dtype=bool)
                 had = group.had_gradient[i] if group.had_gradient else np.zeros(size, dtype=bool)
                 gg, dd = np.where(present, get("gg"), _NAN), get("dd")
+                squares = group.previous_squares[i] if group.previous_squares else None
+                hh = np.full(size, _NAN) if squares is None else squares
                 columns = {
                     "grad_norm": np.sqrt(gg),
-                    "grad_cosine_previous": np.where(had, _cosine(get("gh"), gg, get("hh")), _NAN),
+                    "grad_cosine_previous": np.where(had, _cosine(get("gh"), gg, hh), _NAN),
                     "update_norm": np.sqrt(dd),
                     "weight_norm": np.sqrt(get("ww")),
                     "update_ratio": _ratio(np.sqrt(dd), np.sqrt(get("vv"))),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from linchain_analysis.tracking.interception import Scout, unwrap_optimizer
 
@@ -31,24 +28,15 @@ class Discovery:
         self.trackers: list[Any] = []
         self._created: list[weakref.ref[Optimizer]] = []  # not yet looked at
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._scout = Scout(self._after_backward)
-        self._handle = register_optimizer_step_pre_hook(self._before_step)
-        self._original_init = Optimizer.__init__
-        Optimizer.__init__ = self._watch_creation(Optimizer.__init__)  # type: ignore[method-assign]
+        self._scout = Scout(
+            created=lambda optimizer: self._created.append(weakref.ref(optimizer)),
+            after_backward=self._after_backward,
+            before_step=self._before_step,
+        )
 
     def close(self) -> None:
         """Look no further."""
         self._scout.close()
-        self._handle.remove()
-        Optimizer.__init__ = self._original_init  # type: ignore[method-assign]
-
-    def _watch_creation(self, original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def init(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self._created.append(weakref.ref(optimizer))
-
-        return init
 
     def _after_backward(self, losses: Sequence[Tensor], scaler: Any) -> None:
         """Look at the optimisers that were made since; the loss of this first backward pass is not lost on them."""
@@ -65,11 +53,9 @@ class Discovery:
                 waiting.append(reference)
         self._created = waiting
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Consider an optimiser that steps with a closure or came about without being made (unpickled)."""
-        optimizer = unwrap_optimizer(optimizer)
-        if optimizer not in self._known:
-            self._consider(optimizer)
+        self._consider(unwrap_optimizer(optimizer))
 
     def _consider(self, optimizer: Optimizer) -> Any:
         if optimizer in self._known:
@@ -85,11 +71,6 @@ class Discovery:
             return None
         self.trackers.append(tracker)
         return tracker
-
-
-def numbered(path: Path, number: int) -> Path:
-    """Return `path` for the first of several trackers, `path-2` for the second, and so on."""
-    return path if number == 1 else path.with_name(f"{path.name}-{number}")
 
 
 def _model_of(optimizer: Optimizer) -> nn.Module | None:

@@ -4,6 +4,7 @@ What is watched, and why there:
     torch.autograd.backward     the loss, whoever computes it: the scalars on which backward is called
     GradScaler.scale, .step     to undo the scale of a loss, and to see steps that the scaler leaves out
     clipping by norm or value   gradients must be read before it, and its coefficient kept
+    Optimizer.__init__          which optimisers there are, for scripts that say nothing
     Optimizer.step              the step itself; a closure is wrapped, since it may hold the whole backward pass
 
 The patches are put in when the first listener comes, and taken out when the last one leaves. Each calls the original
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Listener(Protocol):
@@ -106,14 +108,29 @@ class Watch:
 
 
 class Scout:
-    """Told of every backward pass, before it is known which optimisers there are."""
+    """Told of everything that any optimiser does, before it is known which optimisers there are.
 
-    def __init__(self, after_backward: Callable[[Sequence[Tensor], Any], None]) -> None:
+    Args:
+        created: An optimiser was made.
+        after_backward: A backward pass ended, from these losses, scaled by this scaler.
+        before_step: An optimiser is about to step.
+    """
+
+    def __init__(
+        self,
+        *,
+        created: Callable[[Optimizer], None],
+        after_backward: Callable[[Sequence[Tensor], Any], None],
+        before_step: Callable[[Optimizer], None],
+    ) -> None:
+        self.created = created
         self.after_backward = after_backward
+        self._handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: before_step(optimizer))
         _PATCHES.add(self)
 
     def close(self) -> None:
         """Hear no more."""
+        self._handle.remove()
         _PATCHES.remove(self)
 
 
@@ -160,6 +177,7 @@ class _Patches:
 
     def _install(self) -> None:
         scaler = torch.amp.GradScaler
+        self._replace(Optimizer, "__init__", self._create)
         self._replace(torch.autograd, "backward", self._backward)
         self._replace(scaler, "scale", self._scale)
         self._replace(scaler, "step", self._scaler_step)
@@ -196,6 +214,11 @@ class _Patches:
                 setattr(owner, name, original)
         self._originals = []
         self._scaled.clear()
+
+    def _create(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, *args, **kwargs)
+        for scout in self._scouts:
+            scout.created(optimizer)
 
     def _listeners(self) -> list[Listener]:
         return [watch.listener for watch in self._watches]

@@ -133,10 +133,10 @@ class _Session:
             )
 
     def _make_tracker(self, model: Any, optimizer: Any, number: int) -> Tracker:
-        from linchain_analysis.tracking.discovery import numbered
+        from linchain_analysis.tracking.lifetime import number_path
         from linchain_analysis.tracking.tracker import Tracker
 
-        tracker = Tracker(model, optimizer, numbered(self._folder, number), preset=self._preset, every=self._every)
+        tracker = Tracker(model, optimizer, number_path(self._folder, number), preset=self._preset, every=self._every)
         _say(f"tracking into {tracker.path}")
         return tracker
 

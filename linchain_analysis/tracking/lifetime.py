@@ -45,13 +45,17 @@ def describe_ending(error: BaseException | None, *, unfinished: bool = False) ->
 
 def open_writer(path: Path, manifest: Manifest) -> tuple[RunWriter, Path]:
     """Open `path`, or the next free name beside it where it holds a run: neither run is lost."""
-    free, number = path, 1
-    while (free / "manifest.json").exists():
+    number = 1
+    while ((free := number_path(path, number)) / "manifest.json").exists():
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
     if free != path:
         logger.warning("tracker: %s holds a run already; this one is written to %s.", path, free)
     return RunWriter(free, manifest), free
+
+
+def number_path(path: Path, number: int) -> Path:
+    """Return `path` for the first of several runs, `path-2` for the second, and so on."""
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
 
 
 def writes_here() -> bool:

@@ -147,13 +147,8 @@ class Recorder:
         """Read the gradients if nobody clipped them, and copy the factors."""
         if self._stepping:  # the step before was left by an exception, and no backward pass came since
             self._read = False
-        if not self._read:
-            self._read_gradients(scale)
+        self._prepare(scale)
         self._stepping, self._in_closure = True, in_closure
-        self._begin()
-        self._learning_rate = self.optimizer.param_groups[0].get("lr")
-        if self._recording:
-            self._reader.read_before()
 
     @_guarded
     def abandon_step(self) -> None:
@@ -168,12 +163,7 @@ class Recorder:
     @_guarded
     def step_left_out(self) -> None:
         """Record a step that the gradient scaler did not let happen."""
-        if not self._read:
-            self._read_gradients(None)
-        self._begin()
-        self._learning_rate = self.optimizer.param_groups[0].get("lr")
-        if self._recording:
-            self._reader.read_before()
+        self._prepare(None)
         self._finish(torch.ones(()))
 
     # --- what the tracker asks ---------------------------------------------------------------------------------
@@ -205,6 +195,15 @@ class Recorder:
         """Begin the step anew."""
         self._losses, self._scaler, self._clipping = [], None, None
         self._read = self._recording = self._stepping = False
+
+    def _prepare(self, scale: Tensor | None) -> None:
+        """Read all that has to be read before the factors change."""
+        if not self._read:
+            self._read_gradients(scale)
+        self._begin()
+        self._learning_rate = self.optimizer.param_groups[0].get("lr")
+        if self._recording:
+            self._reader.read_before()
 
     def _begin(self) -> None:
         """Before the very first step: remember the factors where delta does not start from a zero product."""
