@@ -11,11 +11,12 @@ the gauge describes this parametrisation and not the function; figures say so.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Literal
 
 Table = Literal["steps", "modules", "factors", "links", "evals"]
-Kind = Literal["int", "float", "bool", "text", "spectrum"]
+Kind = Literal["int", "float", "bool", "text", "spectrum", "values"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Column:
     Attributes:
         table: The table it stands in.
         name: Its name there.
-        kind: `spectrum` is a list of floats, descending; every other kind is one value.
+        kind: `spectrum` is a list of floats, descending, `values` a list in the order that `meaning` says; every other
+            kind is one value.
         unit: Unit, `1` for a pure number.
         meaning: What it is, with its formula where it has one.
         moment: When it is read, relative to the optimiser's step.
@@ -304,10 +306,22 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def columns_of(table: str) -> tuple[Column, ...]:
-    """Return the columns of `table`, in their order there; empty for an unknown table."""
+    """Return the columns that `table` has in every run, in their order there; empty for an unknown table."""
     return tuple(column for column in COLUMNS if column.table == table)
+
+
+def measured_columns(table: str) -> tuple[Column, ...]:
+    """Return the columns that measures add to `table` where a run asked for them, or that are computed on demand.
+
+    Each is defined beside the function that computes it, in `linchain_analysis.measures`, which is looked through when
+    this is first called.
+    """
+    registry = importlib.import_module("linchain_analysis.measures.registry")
+    found: tuple[Column, ...] = registry.measure_columns(table)
+    return found
 
 
 def define_column(table: str, name: str) -> Column | None:
     """Return the definition of column `name` of `table`, or None where the user named it (`log(name=…)`)."""
-    return next((column for column in columns_of(table) if column.name == name), None)
+    fixed = next((column for column in columns_of(table) if column.name == name), None)
+    return fixed or next((column for column in measured_columns(table) if column.name == name), None)

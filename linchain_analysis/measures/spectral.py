@@ -82,6 +82,23 @@ def num_directions(sigma: NDArray[Any], share: float = 0.9) -> Array:
     return np.asarray(np.where(np.isfinite(total[..., 0]), count, np.nan))
 
 
+def condition_number(sigma: NDArray[Any]) -> Array:
+    """Return σ₁/σ_r over all r given values: Inf where σ_r is 0, NaN where all are."""
+    relative = _relative(sigma)
+    with np.errstate(divide="ignore"):
+        return np.asarray(1.0 / relative.min(axis=-1))
+
+
+def count_above(sigma: NDArray[Any], cut_off: float) -> Array:
+    """Return how many singular values exceed `cut_off` · σ₁; 0 for sigma = 0, NaN where sigma is not finite."""
+    sigma = np.asarray(sigma, dtype=np.float64)
+    if sigma.shape[-1] == 0:
+        return np.zeros(sigma.shape[:-1])
+    top = sigma.max(axis=-1, keepdims=True)
+    count = np.sum((sigma > cut_off * top) & (sigma > 0), axis=-1, dtype=np.float64)
+    return np.asarray(np.where(np.isfinite(top[..., 0]), count, np.nan))
+
+
 def _relative(sigma: NDArray[Any]) -> Array:
     """σ/σ₁, so that squares neither overflow nor vanish; NaN where σ₁ is 0 or not finite."""
     sigma = np.asarray(sigma, dtype=np.float64)
