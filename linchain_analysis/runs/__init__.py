@@ -4,6 +4,7 @@ from linchain_analysis.runs.catalogue import RunSet, find_runs, load_runs
 from linchain_analysis.runs.manifest import Manifest, ModuleRecord
 from linchain_analysis.runs.reader import Run, load_run
 from linchain_analysis.runs.schema import SCHEMA_VERSION
+from linchain_analysis.runs.snapshots import Snapshot, pack_chain, read_snapshots
 from linchain_analysis.runs.writer import RunWriter, append_evals
 
 __all__ = [
@@ -13,8 +14,11 @@ __all__ = [
     "Run",
     "RunSet",
     "RunWriter",
+    "Snapshot",
     "append_evals",
     "find_runs",
     "load_run",
     "load_runs",
+    "pack_chain",
+    "read_snapshots",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,23 +10,22 @@ import numpy as np
 import pyarrow as pa
 
 from linchain_analysis.errors import RunError
-from linchain_analysis.runs.schema import LIVE
 
 
-def to_arrow(table: str, columns: Mapping[str, Any], numbers: Mapping[str, Mapping[str, int]]) -> dict[str, pa.Array]:
+def to_arrow(
+    table: str, schema: pa.Schema, columns: Mapping[str, Any], numbers: Mapping[str, Mapping[str, int]]
+) -> dict[str, pa.Array]:
     """Return every stored column of `table`, null where the caller has none.
 
     Args:
         table: Which table.
+        schema: What it stores.
         columns: Sequences or arrays of one length.
         numbers: For columns stored as numbers, the number of each name.
 
     Raises:
-        RunError: A table, column or name that is not known, or columns of different length.
+        RunError: A column or name that is not known, or columns of different length.
     """
-    schema = LIVE.get(table)
-    if schema is None:
-        raise RunError("append", expected=f"a table among {', '.join(LIVE)}", got=repr(table), do="check the name")
     unknown = set(columns) - set(schema.names)
     lengths = {name: len(values) for name, values in columns.items()}
     if unknown or len(set(lengths.values())) != 1:
@@ -63,8 +62,13 @@ def _array(table: str, field: pa.Field, values: Any, numbers: Mapping[str, int] 
     return pa.array(values, type=field.type)
 
 
-def _lists(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
+def _lists(kind: pa.DataType, values: Any) -> pa.Array:
     """Ragged rows, null where a row is None."""
+    if isinstance(values, np.ndarray):  # (rows, length): none is None
+        with np.errstate(over="ignore"):
+            flat = values.astype(np.float32).ravel()
+        offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat), type=kind)
     lengths = np.array([0 if row is None else len(row) for row in values])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     rows = [np.asarray(row, dtype=np.float64) for row in values if row is not None]

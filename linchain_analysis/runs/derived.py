@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from linchain_analysis.measures.registry import find_measure
 from linchain_analysis.measures.spectral import Array, effective_rank, frobenius_norm, spectral_norm, stable_rank
 
 _FORMULAS: dict[str, tuple[str, Callable[[Array], Array]]] = {
@@ -18,10 +19,20 @@ _FORMULAS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "delta_update_effective_rank": ("delta_update_spectrum", effective_rank),
 }
 # Norms are stored by themselves where no spectrum was taken.
-SOURCES = {
-    name: (source, name) if name.endswith("_norm") and "spectral" not in name else (source,)
-    for name, (source, _) in _FORMULAS.items()
-}
+_STORED_NORMS = ("delta_norm", "delta_update_norm")
+
+
+def sources_of(name: str) -> tuple[str, ...]:
+    """Return the stored columns that derived column `name` is computed from."""
+    source, _ = _formula(name)
+    return (source, name) if name in _STORED_NORMS else (source,)
+
+
+def _formula(name: str) -> tuple[str, Callable[[Array], Array]]:
+    if name in _FORMULAS:
+        return _FORMULAS[name]
+    found = find_measure(name)
+    return found.source, lambda sigma: np.asarray(found.function(sigma))
 
 
 def derive(rows: pa.Table, names: Sequence[str]) -> dict[str, Array]:
@@ -29,7 +40,7 @@ def derive(rows: pa.Table, names: Sequence[str]) -> dict[str, Array]:
     padded: dict[str, tuple[Array, np.ndarray]] = {}
     result = {}
     for name in names:
-        source, formula = _FORMULAS[name]
+        source, formula = _formula(name)
         if source not in padded:
             padded[source] = _pad(rows[source])
         sigma, present = padded[source]

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -94,6 +94,8 @@ class Manifest:
         status: `running`, `complete`, `failed` or `interrupted`.
         message: Why it failed or was interrupted.
         extra: Anything else, JSON-able.
+        measures: Names of the measures that were taken beyond what every run has.
+        columns: Per table, name and kind of each column that they added.
         tables: Of a complete run: file, number of rows and checksum of the footer of each table.
         schema_version: Of the run folder.
     """
@@ -114,6 +116,8 @@ class Manifest:
     status: str = "running"
     message: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    measures: tuple[str, ...] = ()
+    columns: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -161,6 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     values = {name: value for name, value in document.items() if name in known}
     values["command"] = tuple(values["command"])
+    values["measures"] = tuple(values.get("measures", ()))
     values["modules"] = tuple(
         ModuleRecord(**{**record, "factors": tuple((name, tuple(shape)) for name, shape in record["factors"])})
         for record in values["modules"]

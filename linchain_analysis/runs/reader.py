@@ -11,14 +11,14 @@ import pandas as pd
 import pyarrow as pa
 
 from linchain_analysis.errors import DamageError, InputError, RunError
-from linchain_analysis.runs.derived import SOURCES, derive
+from linchain_analysis.runs.derived import derive, sources_of
 from linchain_analysis.runs.frames import FRAMES, Frames
 from linchain_analysis.runs.manifest import Manifest, read_manifest
 from linchain_analysis.runs.parquet import name_columns, read_parquet
-from linchain_analysis.runs.schema import BY_STEP, LIVE, stream_name
+from linchain_analysis.runs.schema import BY_STEP, live_schema, stream_name, tables_of
 from linchain_analysis.runs.streams import read_stream
 from linchain_analysis.runs.writer import numbers_of
-from linchain_analysis.vocabulary import columns_of
+from linchain_analysis.vocabulary import columns_of, measured_columns
 
 _OF_MODULE = ("kind", "layer")  # from the manifest, for convenience
 
@@ -102,7 +102,7 @@ class Run(Frames):
             InputError: A table or column that there is not.
             DamageError: What is stored is not what was written.
         """
-        if table not in FRAMES:
+        if table not in (*FRAMES, "snapshots"):
             raise InputError(
                 "read", expected=f"a table among {', '.join(FRAMES)}", got=repr(table), do="check the name"
             )
@@ -132,12 +132,16 @@ class Run(Frames):
 
     def _read_rows(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         derived = [c.name for c in columns_of(table) if c.derived and (columns is None or c.name in columns)]
+        if columns is not None:  # those of measures are computed when somebody asks for them
+            others = set(columns) - set(self._schema(table).names) - set(derived)
+            derived += [c.name for c in measured_columns(table) if c.derived and c.name in others] if others else []
         wanted = None
         if columns is not None:
-            sources = {source for name in derived for source in SOURCES[name]}
-            stored = set(LIVE[table].names)
+            sources = {source for name in derived for source in sources_of(name)}
+            names = self._schema(table).names
+            stored = set(names)
             key = {"step", "module"} & stored
-            wanted = [name for name in LIVE[table].names if name in (set(columns) & stored) | sources | key]
+            wanted = [name for name in names if name in (set(columns) & stored) | sources | key]
         # The steps first: of a run that is being written, every row of these is there by now.
         finished = self._step_numbers() if table in BY_STEP else None
         rows = self._stored(table, wanted)
@@ -161,11 +165,17 @@ class Run(Frames):
             values = frame["module"].map(by_module)
             frame[name] = values.astype("category") if name == "kind" else values.astype("Int64")
 
+    def _schema(self, table: str) -> pa.Schema:
+        return live_schema(table, self.manifest.columns)
+
     def _step_numbers(self) -> pa.Array:
         return self._stored("steps", ["step"])["step"].combine_chunks()
 
     def _stored(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Stored columns of a table from Parquet or the live stream, modules and factors by name."""
+        schema = self._schema(table)
+        if table not in tables_of(self.manifest.schema_version):
+            return name_columns(schema.empty_table(), numbers_of(self.manifest))
         for _ in range(2):
             entry = self.manifest.tables.get(table)
             if entry is not None:
@@ -175,10 +185,10 @@ class Run(Frames):
                     if not self._drop_damage:
                         raise
                     warnings.warn(f"{error} Nothing of this table is read.", stacklevel=4)
-                    return name_columns(LIVE[table].empty_table(), numbers_of(self.manifest))
+                    return name_columns(schema.empty_table(), numbers_of(self.manifest))
             path = self.path / stream_name(table)
             try:
-                rows = read_stream(path, LIVE[table], until_damage=self._drop_damage)
+                rows = read_stream(path, schema, until_damage=self._drop_damage)
             except FileNotFoundError:
                 # The run was completed after the manifest was read, or is not there.
                 self.manifest = read_manifest(self.path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SPECTRUM = pa.list_(pa.float32())
 # Modules and factors are numbers in a live stream, and names in Parquet, which then says by itself what it is about.
@@ -56,10 +58,42 @@ LIVE: dict[str, pa.Schema] = {
         [("step", pa.int64()), ("split", pa.string()), ("metric", pa.string()), ("value", pa.float64())]
     ),
     "scalars": pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())]),
+    # One row per step and module of a snapshot: its small cores, as the bytes of a safetensors file.
+    "snapshots": pa.schema([("step", pa.int32()), ("module", _NUMBER), ("tensors", pa.binary())]),
 }
 TABLES = tuple(LIVE)
 # A row of these counts only if the table `steps`, written last in each step, has its step.
-BY_STEP = ("modules", "factors", "links")
+BY_STEP = ("modules", "factors", "links", "snapshots")
+_SINCE = {"snapshots": 2}  # the schema version that brought a table, where it was not the first
+
+# How the kinds of `vocabulary.Column` are stored in the columns that measures add.
+_STORED = {
+    "int": pa.int32(),
+    "float": pa.float32(),
+    "bool": pa.bool_(),
+    "text": pa.string(),
+    "spectrum": _SPECTRUM,
+    "values": _SPECTRUM,
+}
+
+
+def tables_of(schema_version: int) -> tuple[str, ...]:
+    """Return the tables that a run of that schema version has."""
+    return tuple(table for table in TABLES if _SINCE.get(table, 1) <= schema_version)
+
+
+def live_schema(table: str, added: Mapping[str, Sequence[Sequence[str]]]) -> pa.Schema:
+    """Return how `table` is stored while a run is written, with the columns that its measures add.
+
+    Args:
+        table: Which table.
+        added: Per table name and kind of each added column, as the manifest keeps them.
+    """
+    schema = LIVE[table]
+    for name, kind in added.get(table, ()):
+        if name not in schema.names:
+            schema = schema.append(pa.field(name, _STORED[kind]))
+    return schema
 
 
 def stream_name(table: str) -> str:

@@ -15,7 +15,7 @@ from linchain_analysis.errors import RunError
 from linchain_analysis.runs.columns import to_arrow
 from linchain_analysis.runs.manifest import MANIFEST, Manifest, now, read_manifest, write_manifest
 from linchain_analysis.runs.parquet import name_columns, read_parquet, write_parquet
-from linchain_analysis.runs.schema import LIVE, TABLES, parquet_name, stream_name
+from linchain_analysis.runs.schema import LIVE, TABLES, live_schema, parquet_name, stream_name
 from linchain_analysis.runs.streams import StreamWriter, read_stream
 
 INITIAL_FACTORS = "initial_factors.safetensors"
@@ -42,11 +42,15 @@ class RunWriter:
                 str(self.path), expected="a folder without a run", got=", ".join(taken), do="choose another folder"
             )
         self.manifest = manifest
-        self.bytes_written = 0
+        self.bytes_written = 0  # of everything but snapshots
+        self.snapshot_bytes_written = 0
+        self._schemas = {table: live_schema(table, manifest.columns) for table in LIVE}
         self._numbers = numbers_of(manifest)
         self._closed = False
         write_manifest(self.path, manifest)
-        self._streams = {table: StreamWriter(self.path / stream_name(table), schema) for table, schema in LIVE.items()}
+        self._streams = {
+            table: StreamWriter(self.path / stream_name(table), schema) for table, schema in self._schemas.items()
+        }
 
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it anew, whole."""
@@ -65,9 +69,14 @@ class RunWriter:
         """
         if self._closed:
             raise RunError(str(self.path), expected="an open run", got="a closed one", do="append before closing")
-        arrays = to_arrow(table, columns, self._numbers)
+        if table not in self._schemas:
+            raise RunError("append", expected=f"a table among {', '.join(LIVE)}", got=repr(table), do="check the name")
+        arrays = to_arrow(table, self._schemas[table], columns, self._numbers)
         written = self._streams[table].append(arrays)
-        self.bytes_written += written
+        if table == "snapshots":
+            self.snapshot_bytes_written += written
+        else:
+            self.bytes_written += written
         return written
 
     def save_initial_factors(self, factors: Mapping[str, np.ndarray]) -> None:
@@ -86,7 +95,7 @@ class RunWriter:
             stream.close()
         tables = {}
         for table in TABLES:
-            rows = read_stream(self.path / stream_name(table), LIVE[table])
+            rows = read_stream(self.path / stream_name(table), self._schemas[table])
             tables[table] = write_parquet(self.path / parquet_name(table), name_columns(rows, self._numbers))
         self.update_manifest(status=status, message=message, ended=now(), tables=tables)
         for table in TABLES:
@@ -105,7 +114,7 @@ def append_evals(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None
     if "evals" not in manifest.tables:
         raise RunError(str(folder), expected="a run that has ended", got=manifest.status, do="use its writer")
     old = read_parquet(folder, manifest.tables["evals"])
-    new = pa.Table.from_pydict(to_arrow("evals", columns, {}), schema=LIVE["evals"])
+    new = pa.Table.from_pydict(to_arrow("evals", LIVE["evals"], columns, {}), schema=LIVE["evals"])
     # Under a name of its own, so that a process that dies here leaves manifest and file in agreement.
     former = str(manifest.tables["evals"]["file"])
     number = int(former.removesuffix(".parquet").rpartition("-")[2] or 1) + 1 if "-" in former else 2
