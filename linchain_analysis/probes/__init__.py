@@ -1,6 +1,6 @@
 """Read a live model: any LoRA-like adapter as a chain, its factors and gradients reduced to small cores."""
 
 from linchain_analysis.probes.chains import Chain, Factor, find_chains
-from linchain_analysis.probes.reading import ChainReader, Reading
+from linchain_analysis.probes.reading import ChainReader, Reading, Wanted
 
-__all__ = ["Chain", "ChainReader", "Factor", "Reading", "find_chains"]
+__all__ = ["Chain", "ChainReader", "Factor", "Reading", "Wanted", "find_chains"]

@@ -64,6 +64,7 @@ class Chain:
         refused: Why the change of the effective weight is not the product of these factors, or None.
         read_scale: Returns the present scale; NaN once the product is no longer the change of the weight, because the
             adapter was deleted or the base weight trains as well.
+        adapted: The adapted layer itself.
     """
 
     module: str
@@ -73,6 +74,12 @@ class Chain:
     factors: tuple[Factor, ...]
     refused: str | None
     read_scale: Callable[[], float]
+    adapted: BaseTunerLayer | None = None
+
+    @property
+    def base_weight(self) -> Tensor | None:
+        """The frozen weight under the adapter, as its layer stores it."""
+        return None if self.adapted is None else _base_weight(self.adapted)
 
     @property
     def scale(self) -> float:
@@ -158,7 +165,7 @@ def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
 
     parts = name.split(".")
     block = next((int(part) for part in parts if part.isdigit()), None)
-    return Chain(name, parts[-1], block, adapter, factors, refused, read_scale)
+    return Chain(name, parts[-1], block, adapter, factors, refused, read_scale, layer)
 
 
 def _product_factors(layer: LoraLayer, adapter: str) -> tuple[Factor, ...]:

@@ -1,6 +1,8 @@
-"""One transfer from the device to the host, whatever was asked for."""
+"""One transfer from the device to the host, whatever was asked for, and memory that is used over and over."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,27 +11,77 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Collects tensors of a device and brings them to the host together."""
+    """Places for float64 results on their device, brought to the host together."""
 
     def __init__(self) -> None:
-        self._parts: list[Tensor] = []
-        self._shapes: list[tuple[int, ...]] = []
+        self._places: list[Tensor] = []
+        self._lent: list[Tensor] = []
+        self._arrays: dict[int, NDArray[np.float64]] = {}  # by the identity of a place or of what was lent
 
-    def add(self, tensor: Tensor) -> int:
-        """Queue `tensor` and return its number in what `fetch` will return."""
-        self._parts.append(readable(tensor.detach()).to(torch.float64).reshape(-1))
-        self._shapes.append(tuple(tensor.shape))
-        return len(self._parts) - 1
+    def reserve(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return a place for a result, not initialised, to be written before every transfer."""
+        place = torch.empty(shape, dtype=torch.float64, device=device)
+        self._places.append(place)
+        return place
 
-    def fetch(self) -> list[NDArray[np.float64]]:
-        """Return every queued tensor as a float64 array of its shape, by number."""
-        if not self._parts:
+    def lend(self, tensor: Tensor) -> Tensor:
+        """Let the next transfer, and no later one, take `tensor` along as it stands then, in float64."""
+        self._lent.append(tensor)
+        return tensor
+
+    def fetch(self, extra: Sequence[Tensor] = ()) -> list[float]:
+        """Bring what stands in every place to the host, and the one-element tensors of `extra`, in one transfer.
+
+        Returns:
+            The numbers in `extra`.
+        """
+        scalars = [readable(tensor.detach()).to(torch.float64).reshape(1) for tensor in extra]
+        wanted = [*self._places, *self._lent]
+        parts = [*(part.to(torch.float64).reshape(-1) for part in wanted), *scalars]
+        if not parts:
             return []
-        device = self._parts[0].device
-        flat = torch.cat([part.to(device) for part in self._parts]).cpu().numpy()
-        ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for shape in self._shapes])
-        parts = np.split(flat, ends[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+        if any(part.device != device for part in parts):
+            parts = [part.to(device, non_blocking=True) for part in parts]
+        flat = torch.cat(parts).cpu().numpy()
+        start = 0
+        for part in wanted:
+            end = start + part.numel()
+            self._arrays[id(part)] = flat[start:end].reshape(part.shape)
+            start = end
+        numbers: list[float] = flat[start:].tolist()
+        return numbers
+
+    def fetched(self, place: Tensor) -> NDArray[np.float64]:
+        """Return what stood in `place` at the last transfer."""
+        return self._arrays[id(place)]
+
+    def release(self) -> None:
+        """Forget what the last transfer brought, and what was lent to it."""
+        self._arrays, self._lent = {}, []
+
+
+class Scratch:
+    """Memory for intermediate results by name, kept between calls."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory of `shape` that holds anything; the same as in the last call of this name and dtype."""
+        view = self._views.get((name, shape, dtype, device))
+        if view is not None:
+            return view
+        size = int(np.prod(shape, dtype=np.int64))
+        kept = self._kept.get((name, dtype, device))
+        if kept is None or kept.numel() < size:
+            kept = torch.empty(size, dtype=dtype, device=device)
+            self._kept[name, dtype, device] = kept
+            self._views = {key: one for key, one in self._views.items() if (key[0], *key[2:]) != (name, dtype, device)}
+        view = kept[:size].view(shape)
+        self._views[name, shape, dtype, device] = view
+        return view
 
 
 def readable(tensor: Tensor) -> Tensor:

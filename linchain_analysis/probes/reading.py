@@ -1,50 +1,93 @@
 """Read gradients, updates and spectra of many chains at once: same-shape modules are stacked, one copy to the host.
 
-Legend: k modules of one shape; (p, q) a factor as it is stored; (k, p, q) a stack. All arithmetic is in float64,
-with autocast off; nothing here draws random numbers or writes to what it reads.
+Nothing here draws random numbers or writes to what it reads, and autocast is off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from linchain_analysis.measures.chains import chain_core, update_core
+from linchain_analysis.measures.cores import Cores, norm
 from linchain_analysis.measures.spectral import Array, frobenius_norm, spectrum
+from linchain_analysis.probes.base import base_norms
 from linchain_analysis.probes.chains import Chain
-from linchain_analysis.probes.groups import Group, group_chains
+from linchain_analysis.probes.coordinates import small_chains, split_columns
+from linchain_analysis.probes.groups import Group, stack_chains
 from linchain_analysis.probes.host import HostCopy
-from linchain_analysis.probes.reduction import triangular_factor
+from linchain_analysis.probes.stacks import FactorStack
+from linchain_analysis.probes.tokens import TokenProbe
 
 _NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one step showed, one entry per chain and, within it, per factor.
+class Wanted:
+    """What is to be read.
 
     Attributes:
-        grad_norm, grad_cosine_previous, update_norm, weight_norm, update_ratio: per chain, (num_factors,).
+        cosines: Cosines of gradients with the last ones and with updates, for which gradients are kept.
+        spectra: Spectra of delta and of its update; their Frobenius norms are read in any case.
+        cores: Whether measures or snapshots need the chains in small coordinates.
+        gradients: Whether these need gradients there.
+        squares: Whether these need F_iᵀF_i of the start.
+        base: Whether these need the norms of the frozen weights.
+    """
+
+    cosines: bool = True
+    spectra: bool = True
+    cores: bool = False
+    gradients: bool = False
+    squares: bool = False
+    base: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one step showed.
+
+    Attributes:
+        factors: `grad_norm grad_cosine_previous update_norm weight_norm update_ratio`, each (num_factor_rows,): the
+            factors of the first chain, of the second, ….
         descent_cosine: (num_chains,).
         delta_spectrum, delta_update_spectrum: per chain, descending; None where delta is refused or not asked for.
         delta_norm, delta_update_norm: (num_chains,); NaN where delta is refused.
+        cores: Positions of chains in the list and those chains in small coordinates, group by group; empty where
+            nobody asked for them.
+        offsets: Where each chain's rows begin in `factors`.
+        whole_gradients: Returns the gradients of a chain by factor name, in chain view, while the step is at hand.
     """
 
-    grad_norm: list[Array]
-    grad_cosine_previous: list[Array]
-    update_norm: list[Array]
-    weight_norm: list[Array]
-    update_ratio: list[Array]
+    factors: Mapping[str, Array]
     descent_cosine: Array
     delta_spectrum: list[Array | None]
     delta_update_spectrum: list[Array | None]
     delta_norm: Array
     delta_update_norm: Array
+    cores: list[tuple[NDArray[np.int_], Cores]]
+    offsets: NDArray[np.int_]
+    whole_gradients: Callable[[int], dict[str, NDArray[np.floating]]]
+
+    def per_chain(self, name: str) -> list[Array]:
+        """Return a column of `factors` chain by chain."""
+        return np.split(self.factors[name], self.offsets[1:])
+
+
+@dataclass
+class _Deltas:
+    """What is found of delta, group by group."""
+
+    norms: Array
+    update_norms: Array
+    spectra: list[Array | None]
+    update_spectra: list[Array | None]
+    cores: list[tuple[NDArray[np.int_], Cores]] = field(default_factory=list)
 
 
 class ChainReader:
@@ -55,210 +98,203 @@ class ChainReader:
 
     Args:
         chains: What to read.
-        cosines: Whether to keep gradients for the cosines.
-        spectra: Whether to take spectra; their Frobenius norms are read in any case.
+        wanted: What of it.
     """
 
-    def __init__(self, chains: Sequence[Chain], *, cosines: bool = True, spectra: bool = True) -> None:
+    def __init__(self, chains: Sequence[Chain], wanted: Wanted | None = None) -> None:
         self.chains = list(chains)
-        self._cosines = cosines
-        self._spectra = spectra
-        self._groups = group_chains(self.chains)
-        self._numbers: dict[tuple[int, int, str], int] = {}
+        self.tokens = TokenProbe(self.chains)
+        self._wanted = wanted or Wanted()
         self._copy = HostCopy()
+        self._stacks: list[FactorStack] = []
+        self._groups: list[Group] = []
+        self._start_squares: list[tuple[tuple[Array, Array], ...]] = []
+        self._base_norms = np.full(len(self.chains), _NAN)
+        lengths = [len(chain.factors) for chain in self.chains]
+        self._offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(int) if lengths else np.zeros(0, int)
+        self._num_rows = sum(lengths)
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        return self._wanted.cosines or self._wanted.gradients
+
+    @property
+    def _takes_gradients(self) -> bool:
+        """Whether gradients take part in the small coordinates."""
+        return self._wanted.gradients
 
     @torch.no_grad()
     def keep_initial(self) -> dict[str, NDArray[np.floating]]:
-        """Remember the factors of every chain whose product is not zero now, as the point delta is measured from.
+        """Remember where training begins; called before the first step.
 
         Returns:
-            Those factors in chain view, keyed `module/factor`, for the run folder; empty where every product is zero.
+            The factors of every chain whose product is not zero now, from which delta is measured, in chain view and
+            keyed `module/factor`, for the run folder; empty where every product is zero.
         """
-        kept: dict[str, NDArray[np.floating]] = {}
-        for group in self._groups:
-            if not group.has_delta:
-                continue
-            stacks = [group.stack(i) for i in range(group.num_factors)]
-            vanishes = torch.stack([(stack == 0).flatten(1).all(dim=1) for stack in stacks]).any(dim=0)
-            if bool(vanishes.all()):
-                continue
-            group.initial, group.initial_scales = stacks, group.scales()
-            for j, chain in enumerate(group.chains):
-                for factor, stack in zip(chain.factors, stacks, strict=True):
-                    stored = stack[j].T if factor.transposed else stack[j]
-                    wide = stored if stored.dtype.itemsize >= 4 else stored.float()
-                    kept[f"{chain.module}/{factor.name}"] = wide.contiguous().cpu().numpy()
-        return kept
+        starts = [chain.refused is None and not _vanishes(chain) for chain in self.chains]
+        self._stacks, self._groups = stack_chains(self.chains, starts)
+        if self._wanted.squares:
+            self._start_squares = [group.squares() for group in self._groups]
+        if self._wanted.base:
+            self._base_norms = base_norms(self.chains)
+        return {
+            f"{chain.module}/{factor.name}": stack.initial(int(positions[j]))
+            for group in self._groups
+            if group.has_initial
+            for j, chain in enumerate(group.chains)
+            for factor, (stack, positions) in zip(chain.factors, group.stacks, strict=True)
+        }
 
     @torch.no_grad()
     def read_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Read the gradients as they stand, divided by `divisor` (the scale of a gradient scaler)."""
-        self._copy, self._numbers = HostCopy(), {}
+        if self.chains and not self._stacks:  # nobody asked for the start: delta is the product itself
+            self._stacks, self._groups = stack_chains(self.chains, [False] * len(self.chains))
         with _plain_arithmetic(self.chains):
-            for g, group in enumerate(self._groups):
-                group.gradients, group.has_gradient = [], []
-                for i in range(group.num_factors):
-                    gradient, present = group.stack_gradients(i, divisor)
-                    group.gradients.append(gradient if self._cosines else None)  # only cosines need it again
-                    group.has_gradient.append(present)
-                    if gradient is None:
-                        continue
-                    wide = gradient.double()
-                    self._add(g, i, "gg", _dot(wide, wide))
-                    previous = group.previous[i] if group.previous else None
-                    if self._cosines and previous is not None:
-                        self._add(g, i, "gh", _dot(wide, previous.double()))
+            for stack in self._stacks:
+                stack.read_gradients(self._copy, divisor, keep=self._keeps_gradients)
+
+    def gradient_square(self, optimized: NDArray[np.bool_]) -> list[Tensor]:
+        """Return parts of the sum of ‖g‖² just read over the factors that `optimized` marks, on their devices.
+
+        Args:
+            optimized: By rows of `factors`.
+        """
+        return [stack.gradient_square(optimized) for stack in self._stacks]
 
     @torch.no_grad()
     def read_before(self) -> None:
         """Copy the factors as they are before the step."""
-        for group in self._groups:
-            group.before = [group.stack(i) for i in range(group.num_factors)]
+        for stack in self._stacks:
+            stack.read_before(keep=self._keeps_gradients)
 
     @torch.no_grad()
-    def read_after(self, extra: Sequence[Tensor] = ()) -> tuple[Reading, list[Array]]:
+    def read_after(
+        self, extra: Sequence[Tensor] = (), rates: Mapping[int, float] | None = None
+    ) -> tuple[Reading, list[float]]:
         """Read the factors after the step and bring everything to the host at once.
 
         Args:
-            extra: Further tensors to bring along, such as the loss.
+            extra: Further one-element tensors to bring along, such as the loss.
+            rates: Learning rate by the identity of the parameter.
 
         Returns:
-            The reading, and `extra` as float64 arrays.
+            The reading, and `extra` as numbers.
         """
+        narrow = not (self._wanted.spectra or self._wanted.cores)
         with _plain_arithmetic(self.chains):
-            for g, group in enumerate(self._groups):
-                self._queue_after(g, group)
-            first_extra = [self._copy.add(tensor) for tensor in extra]
-            values = self._copy.fetch()
-        fetched = {key: values[number] for key, number in self._numbers.items()}
-        reading = self._assemble(fetched)
-        for g, group in enumerate(self._groups):
-            if self._cosines:
-                group.previous, group.had_gradient = group.gradients, group.has_gradient
-                group.previous_squares = [fetched.get((g, i, "gg")) for i in range(group.num_factors)]
-            group.gradients, group.before = [], []
-        return reading, [values[number] for number in first_extra]
+            for stack in self._stacks:
+                stack.read_after(self._copy, gradients=self._takes_gradients, narrow=narrow)
+            values = self._copy.fetch(extra)
+            reading = self._assemble(rates or {})
+            self._copy.release()
+        return reading, values
 
     @torch.no_grad()
-    def bring_home(self, tensors: Sequence[Tensor]) -> list[Array]:
-        """Bring tensors of a step that is not recorded to the host at once, as float64 arrays."""
-        copy = HostCopy()
-        for tensor in tensors:
-            copy.add(tensor)
-        return copy.fetch()
+    def bring_home(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Bring one-element tensors of a step that is not recorded to the host at once."""
+        return HostCopy().fetch(tensors)
 
-    def _add(self, g: int, i: int, name: str, tensor: Tensor) -> None:
-        self._numbers[g, i, name] = self._copy.add(tensor)
+    # --- on the host -------------------------------------------------------------------------------------------
 
-    def _queue_after(self, g: int, group: Group) -> None:
-        last = group.num_factors - 1
-        for i in range(group.num_factors):
-            before = group.before[i].double()
-            after = group.stack(i).double()
-            change = after - before
-            self._add(g, i, "dd", _dot(change, change))
-            self._add(g, i, "ww", _dot(after, after))
-            self._add(g, i, "vv", _dot(before, before))
-            gradient = group.gradients[i] if group.gradients else None
-            if self._cosines and gradient is not None:
-                self._add(g, i, "gd", _dot(gradient.double(), change))
-            if not group.has_delta:
-                continue
-            pairs = {"step": (before, after)}
-            if group.initial is not None and group.initial_scales is not None:
-                initial, scaled = group.initial[i].double(), after
-                if i == last:  # each with the scale of its time, which may have been changed in between
-                    initial = initial * torch.as_tensor(group.initial_scales, device=initial.device)
-                    scaled = after * torch.as_tensor(group.scales(), device=after.device)
-                pairs["start"] = (initial, scaled)
-            for name, (old, new) in pairs.items():
-                if i in (0, last):
-                    # [A | dA] and [dB; B']ᵀ: the order of the blocks follows measures.chains.update_core
-                    blocks = (old, new - old) if i == 0 else (new - old, new)
-                    self._add(g, i, name, triangular_factor(group.outer_rows(blocks, i)))
-                else:
-                    self._add(g, i, f"{name} before", group.chain_view(old, i))
-                    self._add(g, i, f"{name} after", group.chain_view(new, i))
-
-    def _assemble(self, fetched: dict[tuple[int, int, str], Array]) -> Reading:
+    def _assemble(self, rates: Mapping[int, float]) -> Reading:
         k = len(self.chains)
-        rows: dict[str, list[Array]] = {
-            name: [np.full(len(chain.factors), _NAN) for chain in self.chains]
-            for name in ("grad_norm", "grad_cosine_previous", "update_norm", "weight_norm", "update_ratio")
-        }
-        descent, delta_norm, delta_update_norm = (np.full(k, _NAN) for _ in range(3))
-        spectra: list[Array | None] = [None] * k
-        update_spectra: list[Array | None] = [None] * k
+        found = {name: np.full(self._num_rows, _NAN) for name in ("gg", "hh", "gh", "gd", "dd", "ww", "vv")}
+        present, had = np.zeros(self._num_rows, dtype=bool), np.zeros(self._num_rows, dtype=bool)
+        small: dict[int, dict[str, Array]] = {}
+        for stack in self._stacks:
+            numbers, small[id(stack)] = stack.finish(self._copy)
+            for name, values in numbers.items():
+                found[name][stack.rows] = values
+            present[stack.rows], had[stack.rows] = stack.has_gradient, stack.had_gradient
+        factors, descent = self._factor_columns(found, present, had)
+        columns = _Deltas(np.full(k, _NAN), np.full(k, _NAN), [None] * k, [None] * k)
+        parts = split_columns(self._stacks, small, gradients=self._takes_gradients)
         for g, group in enumerate(self._groups):
-            size = len(group.members)
-            total_gd, total_gg, total_dd = np.zeros(size), np.zeros(size), np.zeros(size)
-            for i in range(group.num_factors):
-                get = _getter(fetched, g, i, size)
-                present = group.has_gradient[i] if group.has_gradient else np.zeros(size, dtype=bool)
-                had = group.had_gradient[i] if group.had_gradient else np.zeros(size, dtype=bool)
-                gg, dd = np.where(present, get("gg"), _NAN), get("dd")
-                squares = group.previous_squares[i] if group.previous_squares else None
-                hh = np.full(size, _NAN) if squares is None else squares
-                columns = {
-                    "grad_norm": np.sqrt(gg),
-                    "grad_cosine_previous": np.where(had, _cosine(get("gh"), gg, hh), _NAN),
-                    "update_norm": np.sqrt(dd),
-                    "weight_norm": np.sqrt(get("ww")),
-                    "update_ratio": _ratio(np.sqrt(dd), np.sqrt(get("vv"))),
-                }
-                for name, values in columns.items():
-                    for member, value in zip(group.members, values, strict=True):
-                        rows[name][member][i] = value
-                # A factor without a gradient adds nothing to ⟨g, dF⟩ or ‖g‖², but its update counts.
-                total_gd += np.where(present, get("gd"), 0.0)
-                total_gg += np.where(present, gg, 0.0)
-                total_dd += dd
-            descent[group.members] = -_cosine(total_gd, total_gg, total_dd) if self._cosines else _NAN
-            if not group.has_delta:
-                continue
-            update = group.scales() * _telescoped_core(fetched, g, group.num_factors, "step")
-            if group.initial is None:
-                delta = group.scales() * _present_core(fetched, g, group.num_factors)
-            else:
-                delta = _telescoped_core(fetched, g, group.num_factors, "start")
-            delta_norm[group.members] = frobenius_norm(delta.reshape(len(delta), -1))
-            delta_update_norm[group.members] = frobenius_norm(update.reshape(len(update), -1))
-            if self._spectra:
-                lengths = group.spectrum_lengths()
-                for store, core, length in ((spectra, delta, lengths[0]), (update_spectra, update, lengths[1])):
-                    for member, sigma in zip(group.members, spectrum(core)[:, :length], strict=True):
-                        store[member] = sigma
+            self._fill_delta(columns, parts, g, group, rates)
         return Reading(
-            **rows,
+            factors=factors,
             descent_cosine=descent,
-            delta_spectrum=spectra,
-            delta_update_spectrum=update_spectra,
-            delta_norm=delta_norm,
-            delta_update_norm=delta_update_norm,
+            delta_spectrum=columns.spectra,
+            delta_update_spectrum=columns.update_spectra,
+            delta_norm=columns.norms,
+            delta_update_norm=columns.update_norms,
+            cores=columns.cores,
+            offsets=self._offsets,
+            whole_gradients=self._whole_gradients,
         )
 
+    def _factor_columns(
+        self, found: Mapping[str, Array], present: NDArray[np.bool_], had: NDArray[np.bool_]
+    ) -> tuple[dict[str, Array], Array]:
+        """The columns of `factors`, and `descent_cosine` of each chain."""
+        gg = np.where(present, found["gg"], _NAN)
+        update_norm = np.sqrt(found["dd"])
+        factors = {
+            "grad_norm": np.sqrt(gg),
+            "grad_cosine_previous": np.full(self._num_rows, _NAN),
+            "update_norm": update_norm,
+            "weight_norm": np.sqrt(found["ww"]),
+            "update_ratio": _ratio(update_norm, np.sqrt(found["vv"])),
+        }
+        if not (self._wanted.cosines and self._num_rows):
+            return factors, np.full(len(self.chains), _NAN)
+        cosine = np.where(had, _cosine(found["gh"], gg, found["hh"]), _NAN)
+        factors["grad_cosine_previous"] = cosine
+        # A factor without a gradient adds nothing to ⟨g, dF⟩ or ‖g‖², but its update counts.
+        totals = [
+            np.add.reduceat(part, self._offsets)
+            for part in (np.where(present, found["gd"], 0.0), np.where(present, gg, 0.0), found["dd"])
+        ]
+        return factors, -_cosine(*totals)
 
-def _telescoped_core(fetched: dict[tuple[int, int, str], Array], g: int, num_factors: int, name: str) -> Array:
-    inner = range(1, num_factors - 1)
-    return update_core(
-        fetched[g, 0, name],
-        [fetched[g, i, f"{name} before"] for i in inner],
-        [fetched[g, i, f"{name} after"] for i in inner],
-        fetched[g, num_factors - 1, name],
-    )
+    def _fill_delta(
+        self,
+        columns: _Deltas,
+        parts: Mapping[int, Mapping[str, Array]],
+        g: int,
+        group: Group,
+        rates: Mapping[int, float],
+    ) -> None:
+        known: dict[str, Any] = {}
+        if self._wanted.cores:
+            known["start_squares"] = self._start_squares[g] if self._start_squares else ()
+            known["base_norm"] = self._base_norms[group.members]
+            known["tokens"] = self.tokens.parts(group.members)
+            known["learning_rate"] = np.array(
+                [[rates.get(id(factor.parameter), _NAN) for factor in chain.factors] for chain in group.chains]
+            )
+        cores = small_chains(group, parts, gradients=self._takes_gradients, **known)
+        if self._wanted.spectra:
+            lengths = group.spectrum_lengths()
+            for store, norms, core, length in (
+                (columns.spectra, columns.norms, cores.short_delta, lengths[0]),
+                (columns.update_spectra, columns.update_norms, cores.update, lengths[1]),
+            ):
+                sigma = spectrum(core)[:, :length]
+                norms[group.members] = frobenius_norm(sigma)
+                for member, values in zip(group.members, sigma, strict=True):
+                    store[member] = values
+        else:
+            columns.norms[group.members] = norm(cores.short_delta)
+            columns.update_norms[group.members] = norm(cores.update)
+        if self._wanted.cores:
+            columns.cores.append((group.members, cores))
+
+    def _whole_gradients(self, index: int) -> dict[str, NDArray[np.floating]]:
+        for group in self._groups:
+            for j in np.flatnonzero(group.members == index):
+                found = {
+                    factor.name: stack.whole_gradient(int(positions[j]))
+                    for factor, (stack, positions) in zip(group.chains[j].factors, group.stacks, strict=True)
+                }
+                return {name: gradient for name, gradient in found.items() if gradient is not None}
+        return {}
 
 
-def _present_core(fetched: dict[tuple[int, int, str], Array], g: int, num_factors: int) -> Array:
-    """Core of A' W1' … B' from the triangular factors of [A | dA] and [dB; B']ᵀ: A' = A + dA in the same basis."""
-    left, right = fetched[g, 0, "step"], fetched[g, num_factors - 1, "step"]
-    inner = [fetched[g, i, "step after"] for i in range(1, num_factors - 1)]
-    width = left.shape[-1] // 2
-    return chain_core(left[..., :width] + left[..., width:], inner, right[..., right.shape[-1] // 2 :])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ of each pair of a stack, (k,)."""
-    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(-1)
+def _vanishes(chain: Chain) -> bool:
+    """Whether a factor of the chain is zero."""
+    return any(not bool(factor.parameter.detach().any()) for factor in chain.factors)
 
 
 def _cosine(dot: Array, square_a: Array, square_b: Array) -> Array:
@@ -270,10 +306,6 @@ def _cosine(dot: Array, square_a: Array, square_b: Array) -> Array:
 def _ratio(top: Array, bottom: Array) -> Array:
     with np.errstate(invalid="ignore"):
         return np.asarray(np.divide(top, bottom, out=np.full(top.shape, _NAN), where=bottom > 0))
-
-
-def _getter(fetched: dict[tuple[int, int, str], Array], g: int, i: int, size: int) -> Callable[[str], Array]:
-    return lambda name: fetched.get((g, i, name), np.full(size, _NAN))
 
 
 def _plain_arithmetic(chains: Sequence[Chain]) -> torch.autocast:

@@ -1,38 +1,77 @@
-"""What is recorded, by cost."""
+"""What is recorded: a preset by its cost, or measures by name."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linchain_analysis.errors import InputError
+from linchain_analysis.measures.registry import BUILT_IN, NOISE_COLUMNS, Measure, all_measures, find_measure
+
+PRESETS = ("light", "standard", "full")
+NOISE = "noise"
+_NAMES = (*BUILT_IN, NOISE)
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named choice of measures.
+class Selection:
+    """What is recorded beyond norms, which always are.
 
     Attributes:
-        name: What the user says.
+        name: The preset, or `custom`.
         cosines: Cosines of gradients with the previous ones and with updates (keeps one copy of the gradients).
         spectra: Singular values of delta and of its update; without them their norms alone.
+        noise: Gradient noise scale, where gradients are accumulated.
+        measures: Measures of the registry.
+        snapshots: Whether snapshots of the small cores are kept without asking for them.
     """
 
     name: str
     cosines: bool
     spectra: bool
+    noise: bool = False
+    measures: tuple[Measure, ...] = ()
+    snapshots: bool = False
+
+    def needs(self, what: str) -> bool:
+        """Whether a measure needs `what` from the probes."""
+        return any(what in chosen.needs for chosen in self.measures)
 
 
-PRESETS = {
-    "light": Preset("light", cosines=False, spectra=False),
-    "standard": Preset("standard", cosines=True, spectra=True),
-    # Accepted already; its own measures (orders, balance, preconditioner, snapshots) are still to come.
-    "full": Preset("full", cosines=True, spectra=True),
-}
+def select(preset: str, measures: Sequence[str | Callable[..., object]] | None = None) -> Selection:
+    """Return what `preset` records, or, where `measures` are given, these and norms.
+
+    Args:
+        preset: `light`, `standard` or `full`.
+        measures: Names of measures or of their columns, or functions marked as measures.
+
+    Raises:
+        InputError: An unknown name.
+    """
+    find_preset(preset)
+    if measures is not None:
+        return _custom(measures)
+    if preset == "light":
+        return Selection(preset, cosines=False, spectra=False, measures=_of_level("light"))
+    if preset == "standard":
+        return Selection(preset, cosines=True, spectra=True, measures=_of_level("light", "standard"))
+    return Selection(
+        preset,
+        cosines=True,
+        spectra=True,
+        noise=True,
+        measures=_of_level("light", "standard", "full"),
+        snapshots=True,
+    )
 
 
-def find_preset(name: str) -> Preset:
-    """Return the preset called `name`."""
+def find_preset(name: str) -> str:
+    """Return `name` if it is that of a preset.
+
+    Raises:
+        InputError: It is not.
+    """
     if name not in PRESETS:
         close = difflib.get_close_matches(str(name), PRESETS, n=1)
         raise InputError(
@@ -41,4 +80,57 @@ def find_preset(name: str) -> Preset:
             got=repr(name),
             do=f"did you mean {close[0]!r}?" if close else "pass one of these",
         )
-    return PRESETS[name]
+    return name
+
+
+def _of_level(*levels: str) -> tuple[Measure, ...]:
+    return tuple(found for found in all_measures().values() if found.level in levels)
+
+
+def _custom(names: Sequence[str | Callable[..., object]]) -> Selection:
+    if isinstance(names, str):
+        raise InputError("measures", expected="a list of names", got=repr(names), do=f"pass [{names!r}]")
+    built_in: set[str] = set()
+    chosen: dict[str, Measure] = {}
+    for name in names:
+        group = _built_in_group(name)
+        if group is not None:
+            built_in.add(group)
+            continue
+        found = _find(name)
+        if found.level == "reading":  # computed from spectra when they are read
+            built_in.add("spectra" if found.source == "spectrum" else found.source)
+        else:
+            chosen[found.name] = found
+    return Selection(
+        "custom",
+        cosines="cosines" in built_in,
+        spectra="spectra" in built_in,
+        noise=NOISE in built_in,
+        measures=tuple(chosen.values()),
+    )
+
+
+def _built_in_group(name: object) -> str | None:
+    groups = {**BUILT_IN, NOISE: tuple(column.name for column in NOISE_COLUMNS)}
+    return next((group for group, columns in groups.items() if name == group or name in columns), None)
+
+
+def _find(name: str | Callable[..., object]) -> Measure:
+    if callable(name):
+        found = next((m for m in all_measures().values() if m.function is name), None)
+        if found is None:
+            raise InputError(
+                "measures",
+                expected="a function marked with linchain_analysis.measures.registry.measure",
+                got=getattr(name, "__name__", repr(name)),
+                do="mark it with the columns it fills in",
+            )
+        return found
+    try:
+        return find_measure(name)
+    except InputError as error:
+        known = sorted({*_NAMES, *all_measures()})
+        close = difflib.get_close_matches(str(name), known, n=1)
+        do = f"did you mean {close[0]!r}?" if close else error.do
+        raise InputError("measures", expected=f"names among {', '.join(known)}", got=repr(name), do=do) from None

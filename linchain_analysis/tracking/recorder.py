@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,7 +18,8 @@ from linchain_analysis.probes import Chain, ChainReader, Reading
 from linchain_analysis.runs import RunWriter
 from linchain_analysis.tracking.gradients import norm_of_gradients
 from linchain_analysis.tracking.interception import scale_left_in
-from linchain_analysis.tracking.presets import Preset
+from linchain_analysis.tracking.measuring import Measuring
+from linchain_analysis.tracking.noise import NoiseScale
 from linchain_analysis.tracking.rows import factor_rows, module_rows
 from linchain_analysis.tracking.schedule import Schedule
 
@@ -60,7 +63,7 @@ class Recorder:
         optimizer: The optimiser that is followed (unwrapped).
         chains: What it trains, among the adapted layers.
         writer: Where rows go.
-        preset: What is recorded.
+        measuring: What is recorded.
         schedule: Which steps are recorded whole; every step has its row in `steps`.
         deferred: Whether a step's rows wait for `complete_step`, from somebody who knows the epoch.
         fail: Told of any exception in here; afterwards nothing is recorded.
@@ -71,7 +74,7 @@ class Recorder:
         optimizer: Optimizer,
         chains: Sequence[Chain],
         writer: RunWriter,
-        preset: Preset,
+        measuring: Measuring,
         schedule: Schedule,
         *,
         deferred: bool,
@@ -81,7 +84,9 @@ class Recorder:
         self.writer = writer
         self.num_steps = 0
         self._chains = list(chains)
-        self._reader = ChainReader(chains, cosines=preset.cosines, spectra=preset.spectra)
+        self._measuring = measuring
+        self._wanted = measuring.wanted
+        self._reader = ChainReader(chains, self._wanted)
         self._schedule = schedule
         self._deferred = deferred
         self._fail = fail
@@ -97,12 +102,15 @@ class Recorder:
         self._recording = False
         self._stepping = False
         self._in_closure = False
-        self._decided, self._wanted = 0, False
+        self._decided, self._decision = 0, False
         self._grad_norm: Tensor | None = None
         self._learning_rate: Any = None
         self._own_seconds = 0.0
         self._last_end = time.perf_counter()
         self._pending: dict[str, dict[str, Any]] = {}
+        self._rates: dict[int, float] = {}
+        self._noise = NoiseScale() if measuring.selection.noise else None
+        self._look_ahead()
 
     # --- what the hooks tell -----------------------------------------------------------------------------------
 
@@ -112,6 +120,7 @@ class Recorder:
         if self._stepping and not self._in_closure:
             self._forget()  # the step that had begun was left by an exception
         self._watched = _watched_parameters(self.optimizer, self._chains)
+        self._reader.tokens.begin_backward()
         if self._losses and not self._stepping and all(parameter.grad is None for parameter in self._watched):
             self._forget()  # somebody discarded a batch
         self._versions = [_version(parameter) for parameter in self._watched]
@@ -124,6 +133,8 @@ class Recorder:
         )
         if reached:
             self._take(losses, scaler)
+            if self._noise is not None and not self._stepping:
+                self._noise.add_pass(self.optimizer, scale_left_in(scaler, self.optimizer))
 
     @_guarded
     def catch_up(self, losses: Sequence[Tensor], scaler: Any) -> None:
@@ -178,8 +189,9 @@ class Recorder:
 
     @_guarded
     def flush(self) -> None:
-        """Write the rows that still wait."""
+        """Write the rows that still wait, and look at nothing any more."""
         self._write()
+        self._reader.tokens.disarm()
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -194,14 +206,17 @@ class Recorder:
     def _forget(self) -> None:
         """Begin the step anew."""
         self._losses, self._scaler, self._clipping = [], None, None
+        if self._noise is not None:
+            self._noise.forget()
         self._read = self._recording = self._stepping = False
 
     def _prepare(self, scale: Tensor | None) -> None:
         """Read all that has to be read before the factors change."""
         if not self._read:
             self._read_gradients(scale)
-        self._begin()
         self._learning_rate = self.optimizer.param_groups[0].get("lr")
+        if self._wanted.squares:
+            self._rates = _learning_rates(self.optimizer)
         if self._recording:
             self._reader.read_before()
 
@@ -217,13 +232,29 @@ class Recorder:
     def _read_gradients(self, scale: Tensor | None) -> None:
         self._write()  # of the step before, if nobody completed it
         self._read = True
-        step = self.num_steps + 1
-        if self._decided != step:  # a schedule is asked once for each step
-            self._decided, self._wanted = step, self._schedule.wants(step, self.writer.bytes_written)
-        self._recording = self._wanted
-        self._grad_norm = norm_of_gradients(self.optimizer, scale)
+        self._begin()
+        self._recording = self._records(self.num_steps + 1)
         if self._recording:
             self._reader.read_gradients(scale)
+            optimized, ids = _optimized_rows(self.optimizer, self._chains)
+            known = self._reader.gradient_square(optimized) if optimized.any() else []
+            self._grad_norm = norm_of_gradients(self.optimizer, scale, known, ids)
+        else:
+            self._grad_norm = norm_of_gradients(self.optimizer, scale)
+        if self._reader.tokens.armed:
+            self._reader.tokens.collect(_loss_scale(self._scaler))
+            self._reader.tokens.disarm()
+
+    def _records(self, step: int) -> bool:
+        if self._decided != step:  # a schedule is asked once for each step
+            self._decided, self._decision = step, self._schedule.wants(step, self.writer.bytes_written)
+        return self._decision
+
+    def _look_ahead(self) -> None:
+        """Prepare for what has to be seen before the next step is there: the tokens of its backward pass."""
+        step = self.num_steps + 1
+        if self._measuring.looks_at_tokens(step) and self._records(step):
+            self._reader.tokens.arm()
 
     def _finish(self, found_inf: Tensor | None) -> None:
         self.num_steps += 1
@@ -234,18 +265,23 @@ class Recorder:
             _scalar(self._learning_rate),
             _scalar(_NAN if by_value else 1.0 if clipping is None else clipping.coef),
             _scalar(0.0 if found_inf is None else found_inf),
+            _scalar(None if self._noise is None else self._noise.first_norm),
             *(_scalar(loss) for loss in self._losses),
         ]
         reading: Reading | None = None
         if self._recording:
-            reading, values = self._reader.read_after(extra)
+            reading, values = self._reader.read_after(extra, self._rates)
         else:
             values = self._reader.bring_home(extra)
-        grad_norm, learning_rate, clip_coef, inf, *losses = (float(value) for value in values)
+        grad_norm, learning_rate, clip_coef, inf, first_norm, *losses = values
         now = time.perf_counter()
         if reading is not None and self._chains:
-            self._pending["modules"] = module_rows(self.num_steps, self._chains, reading)
-            self._pending["factors"] = factor_rows(self.num_steps, self._chains, reading)
+            measured = self._measuring.rows(self.num_steps, reading)
+            self._pending["modules"] = module_rows(self.num_steps, self._chains, reading) | measured["modules"]
+            self._pending["factors"] = factor_rows(self.num_steps, self._chains, reading) | measured["factors"]
+            self._pending["links"] = measured["links"]
+            self._pending["snapshots"] = self._measuring.snapshot(self.num_steps, reading) or {}
+            self._reader.tokens.forget()
         self._pending["steps"] = {
             "step": [self.num_steps],
             "loss": [sum(losses) if losses else _NAN],
@@ -255,8 +291,11 @@ class Recorder:
             "skipped": [inf != 0],
             "seconds": [now - self._last_end],
         }
+        if self._noise is not None:
+            self._pending["steps"] |= self._noise.columns(first_norm, grad_norm)
         self._last_end = now
         self._forget()
+        self._look_ahead()
         if not self._deferred:
             self._write()
 
@@ -269,8 +308,8 @@ class Recorder:
         so_far = time.perf_counter() - self._entered
         pending["steps"]["track_seconds"] = [self._own_seconds + so_far]
         self._own_seconds = -so_far
-        for table in ("modules", "factors", "steps"):
-            if table in pending:
+        for table in ("modules", "factors", "links", "snapshots", "steps"):
+            if pending.get(table):
                 self.writer.append(table, pending[table])
 
 
@@ -279,6 +318,33 @@ def _watched_parameters(optimizer: Optimizer, chains: Sequence[Chain]) -> list[n
     optimized = (parameter for group in optimizer.param_groups for parameter in group["params"])
     factors = (factor.parameter for chain in chains for factor in chain.factors)
     return list({id(parameter): parameter for parameter in (*optimized, *factors)}.values())
+
+
+def _optimized_rows(optimizer: Optimizer, chains: Sequence[Chain]) -> tuple[NDArray[np.bool_], set[int]]:
+    """Which rows of `factors` are parameters of the optimiser, each counted once, and their identities."""
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ids: set[int] = set()
+    rows = []
+    for chain in chains:
+        for factor in chain.factors:
+            number = id(factor.parameter)
+            rows.append(number in optimized and number not in ids)
+            if rows[-1]:
+                ids.add(number)
+    return np.array(rows, dtype=bool), ids
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rate by the identity of the parameter."""
+    return {
+        id(parameter): float(group.get("lr", _NAN)) for group in optimizer.param_groups for parameter in group["params"]
+    }
+
+
+def _loss_scale(scaler: Any) -> float:
+    """What the gradients of a backward pass hold of a gradient scaler."""
+    scale = getattr(scaler, "_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def _version(parameter: nn.Parameter) -> tuple[int, int]:

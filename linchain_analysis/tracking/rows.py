@@ -51,9 +51,5 @@ def factor_rows(step: int, chains: Sequence[Chain], reading: Reading) -> dict[st
         "step": np.full(len(modules), step),
         "module": modules,
         "factor": [factor.name for chain in chains for factor in chain.factors],
-        "grad_norm": np.concatenate(reading.grad_norm),
-        "grad_cosine_previous": np.concatenate(reading.grad_cosine_previous),
-        "update_norm": np.concatenate(reading.update_norm),
-        "weight_norm": np.concatenate(reading.weight_norm),
-        "update_ratio": np.concatenate(reading.update_ratio),
+        **reading.factors,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,9 @@ from linchain_analysis.probes import find_chains
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
 from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, open_writer, writes_here
+from linchain_analysis.tracking.measuring import SAMPLE_EVERY, Measuring
 from linchain_analysis.tracking.methods import name_method
-from linchain_analysis.tracking.presets import find_preset
+from linchain_analysis.tracking.presets import select
 from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.rows import module_records
 from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
@@ -34,8 +35,10 @@ class Tracker:
         model: Holds the adapted layers: a PEFT model, or a model that contains one.
         optimizer: Trains them; wrappers such as Accelerate's are looked through.
         path: The run folder. Where it holds a run already, the next free name beside it is taken and said.
-        preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full`, which
-            records what `standard` does until its own measures exist (the table `links` stays empty).
+        preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full` (adds
+            interaction orders, balance, conditioning, preconditioner, gradient capture and snapshots of the cores).
+        measures: Names of measures, or of their columns, to be recorded with norms in place of a preset, or functions
+            marked as measures; `python -m linchain_analysis.audit --list` shows them.
         every: Which steps are recorded whole: an int (each n-th), a function step → bool, or "auto" (every step at
             first, then thinned so that the log stays under `log_budget_bytes`). The table `steps` is complete anyway.
         method: Name of the method for comparisons; guessed from the adapter where it is not said.
@@ -43,6 +46,11 @@ class Tracker:
         base_learning_rate: The learning rate before scheduling; the optimiser's at the start where it is not said.
         init_seed: Seed of the initialisation.
         data_seed: Seed of the order of the data.
+        sample_every: Measures too dear for every step are taken at the first recorded step, and then at the first one
+            at least so many steps later.
+        snapshot_every: The same for snapshots of the small cores, from which measures can be computed afterwards; by
+            default 50 for `full` and none otherwise.
+        gradients: `cores`, or `full` to keep the gradients of A and B whole in snapshots.
         extra: Anything else for the manifest, JSON-able.
         num_steps: Length of the run where it is known, for `every="auto"`.
         log_budget_bytes: For `every="auto"`.
@@ -60,12 +68,16 @@ class Tracker:
         path: str | Path,
         *,
         preset: str = "standard",
+        measures: Sequence[str | Callable[..., Any]] | None = None,
         every: Every = 1,
         method: str | None = None,
         problem: str | None = None,
         base_learning_rate: float | None = None,
         init_seed: int | None = None,
         data_seed: int | None = None,
+        sample_every: int = SAMPLE_EVERY,
+        snapshot_every: int | None = None,
+        gradients: str = "cores",
         extra: Mapping[str, Any] | None = None,
         num_steps: int | None = None,
         log_budget_bytes: int = LOG_BUDGET_BYTES,
@@ -81,7 +93,8 @@ class Tracker:
         self._closed = False
         self._num_steps = 0
         self._process = os.getpid()
-        chosen, schedule = find_preset(preset), parse_every(every, num_steps, log_budget_bytes)
+        chosen, schedule = select(preset, measures), parse_every(every, num_steps, log_budget_bytes)
+        _check_intervals(sample_every, snapshot_every, gradients)
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
         try:
@@ -89,22 +102,34 @@ class Tracker:
                 return
             chains = find_chains(model, inner)
             self._report_chains(chains)
+            measuring = Measuring(
+                chosen,
+                chains,
+                sample_every=sample_every,
+                snapshot_every=snapshot_every,
+                whole_gradients=gradients == "full",
+                strict=strict,
+            )
             self._writer, self.path = open_writer(
                 self.path,
                 Manifest(
                     command=tuple(sys.argv),
                     method=method or name_method(model),
                     problem=problem,
-                    preset=preset,
+                    preset=chosen.name,
                     every=describe_every(every),
                     base_learning_rate=_first_rate(inner) if base_learning_rate is None else base_learning_rate,
                     init_seed=init_seed,
                     data_seed=data_seed,
                     modules=module_records(chains),
                     extra=dict(extra or {}),
+                    measures=tuple(measure.name for measure in chosen.measures),
+                    columns=measuring.columns(),
                 ),
             )
-            self._recorder = Recorder(inner, chains, self._writer, chosen, schedule, deferred=deferred, fail=self._fail)
+            self._recorder = Recorder(
+                inner, chains, self._writer, measuring, schedule, deferred=deferred, fail=self._fail
+            )
             self._watch = Watch(self._recorder)
             OPEN.add(self)
         except Exception as error:
@@ -266,6 +291,16 @@ def _check(model: object, optimizer: object) -> None:
             got=type(optimizer).__name__,
             do="pass what steps the model",
         )
+
+
+def _check_intervals(sample_every: object, snapshot_every: object, gradients: object) -> None:
+    for name, value in (("sample_every", sample_every), ("snapshot_every", snapshot_every)):
+        if value is None and name == "snapshot_every":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(name, expected="a number of steps ≥ 1", got=repr(value), do="pass a whole number")
+    if gradients not in ("cores", "full"):
+        raise InputError("gradients", expected="cores or full", got=repr(gradients), do="pass one of these")
 
 
 def _first_rate(optimizer: Optimizer) -> float | None:

@@ -116,14 +116,14 @@ def test_what_is_no_product_is_refused_by_name_and_its_factors_are_still_read() 
     batch = small_models.batch("llama")
     chains, reading = read_one_step(dora, lambda: dora(**batch).loss)
     assert [factor.name for factor in chains[0].factors] == ["A", "B", "lora_magnitude_vector"]
-    assert (reading.update_norm[0] > 0).all()
+    assert (reading.per_chain("update_norm")[0] > 0).all()
     assert reading.delta_spectrum[0] is None
     assert np.isnan(reading.delta_norm[0])
 
     loha = get_peft_model(small_models.llama(), LoHaConfig(target_modules=["q_proj"]))
     assert "LoHa" in only_reason(loha) or "loha" in only_reason(loha)
     chains, reading = read_one_step(loha, lambda: loha(**batch).loss)
-    assert (reading.grad_norm[0] > 0).any()
+    assert (reading.per_chain("grad_norm")[0] > 0).any()
 
     grouped = get_peft_model(nn.Sequential(nn.Conv1d(8, 8, 3, groups=4)), LoraConfig(r=4, target_modules=["0"]))
     assert "4 groups" in only_reason(grouped)

@@ -122,19 +122,19 @@ def test_factor_norms_and_cosines_equal_those_computed_one_by_one() -> None:
                 p = factor.parameter
                 g, new = gradients[id(p)], p.detach().double()
                 change = new - old[id(p)]
-                assert reading.grad_norm[c][f] == pytest.approx(g.norm().item(), rel=1e-12)
-                assert reading.update_norm[c][f] == pytest.approx(change.norm().item(), rel=1e-12)
-                assert reading.weight_norm[c][f] == pytest.approx(new.norm().item(), rel=1e-12)
+                assert reading.per_chain("grad_norm")[c][f] == pytest.approx(g.norm().item(), rel=1e-12)
+                assert reading.per_chain("update_norm")[c][f] == pytest.approx(change.norm().item(), rel=1e-12)
+                assert reading.per_chain("weight_norm")[c][f] == pytest.approx(new.norm().item(), rel=1e-12)
                 if old[id(p)].norm() > 0:
                     ratio = change.norm() / old[id(p)].norm()
-                    assert reading.update_ratio[c][f] == pytest.approx(ratio.item(), rel=1e-12)
+                    assert reading.per_chain("update_ratio")[c][f] == pytest.approx(ratio.item(), rel=1e-12)
                 else:
-                    assert np.isnan(reading.update_ratio[c][f])
+                    assert np.isnan(reading.per_chain("update_ratio")[c][f])
                 if id(p) in previous and g.norm() > 0 and previous[id(p)].norm() > 0:
                     cosine = (g * previous[id(p)]).sum() / (g.norm() * previous[id(p)].norm())
-                    assert reading.grad_cosine_previous[c][f] == pytest.approx(cosine.item(), abs=1e-12)
+                    assert reading.per_chain("grad_cosine_previous")[c][f] == pytest.approx(cosine.item(), abs=1e-12)
                 else:
-                    assert np.isnan(reading.grad_cosine_previous[c][f])
+                    assert np.isnan(reading.per_chain("grad_cosine_previous")[c][f])
                 along += (g * change).sum().item()
                 total_g += g.square().sum().item()
                 total_d += change.square().sum().item()
@@ -154,9 +154,9 @@ def test_first_step_of_a_chain_has_gradient_in_b_alone() -> None:
     optimizer.step()
     reading, _ = reader.read_after()
     for c in range(len(chains)):
-        assert (reading.grad_norm[c][:-1] == 0).all()
-        assert (reading.update_norm[c][:-1] == 0).all()
-        assert reading.grad_norm[c][-1] > 0
+        assert (reading.per_chain("grad_norm")[c][:-1] == 0).all()
+        assert (reading.per_chain("update_norm")[c][:-1] == 0).all()
+        assert reading.per_chain("grad_norm")[c][-1] > 0
         assert reading.descent_cosine[c] == pytest.approx(1.0, abs=1e-6)  # float32 updates
         # Only B moved, from zero, so the update is delta itself.
         length = len(reading.delta_spectrum[c])
@@ -207,9 +207,9 @@ def test_inf_and_nan_are_read_as_they_are() -> None:
     reader.read_before()
     optimizer.step()
     reading, _ = reader.read_after()
-    assert np.isposinf(reading.grad_norm[0][1])
-    assert np.isnan(reading.grad_norm[1][1])
-    assert np.isnan(reading.grad_norm[2][1])
+    assert np.isposinf(reading.per_chain("grad_norm")[0][1])
+    assert np.isnan(reading.per_chain("grad_norm")[1][1])
+    assert np.isnan(reading.per_chain("grad_norm")[2][1])
     assert np.isnan(reading.delta_spectrum[0]).all()
     assert np.isnan(reading.delta_norm[0])
     assert (reading.delta_spectrum[2] == 0).all()

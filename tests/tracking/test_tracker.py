@@ -267,7 +267,7 @@ def test_a_fault_of_the_tracker_ends_tracking_and_not_training(
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     with Tracker(model, optimizer, tmp_path / "run") as tracker:
         step(model, optimizer, 0)
-        monkeypatch.setattr(tracker._recorder._reader, "read_after", lambda extra: 1 / 0)
+        monkeypatch.setattr(tracker._recorder._reader, "read_after", lambda extra, rates: 1 / 0)
         for seed in range(3):
             step(model, optimizer, seed)
     assert caplog.text.count("tracking of") == 1

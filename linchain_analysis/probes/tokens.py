@@ -1,0 +1,231 @@
+"""Look at the inputs and output gradients of adapted layers in one backward pass, without keeping them.
+
+Legend: X (t, d_in) the layer's inputs and D (t, d_out) the gradient of the loss with respect to its outputs, over t
+tokens; G = XᵀD the gradient of the full weight, which is never kept; A (d_in, w_0), W_i, B (w_n, d_out) the factors;
+L = A W1 … Wn and R = W1 … Wn B.
+
+Hooks are on the layers for the steps that are looked at, and at no other time. Products with tokens are in float32 (in
+float64 for float64 models), sums of their squares in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from linchain_analysis.measures.cores import TokenParts
+from linchain_analysis.measures.grams import coordinates_from_gram
+from linchain_analysis.probes.chains import Chain
+from linchain_analysis.probes.host import HostCopy, readable
+
+logger = logging.getLogger("linchain_analysis")
+
+_NUMBERS = ("gradient_square", "tangent_square", "preconditioned_dot", "preconditioned_square", "num_tokens")
+_BLOCK = 1024  # columns of G, or rows of a token Gram matrix, at a time
+
+
+class TokenProbe:
+    """Sees the tokens of linear layers in the last backward pass before a step.
+
+    Args:
+        chains: Whose layers are looked at; those that are not linear maps of their inputs are left out.
+    """
+
+    def __init__(self, chains: Sequence[Chain]) -> None:
+        self._chains = list(chains)
+        self._handles: list[Any] = []
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # per chain its numbers (5,) and the Gram matrix of X A
+        self._times: dict[int, int] = {}
+        self._found: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next backward pass will be looked at."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Look at every backward pass from now on."""
+        if self.armed:
+            return
+        self._seen, self._times = {}, {}
+        by_layer: dict[int, list[int]] = {}
+        for index, chain in enumerate(self._chains):
+            if chain.adapted is not None and chain.refused is None and _is_linear(chain):
+                by_layer.setdefault(id(chain.adapted), []).append(index)
+        for indices in by_layer.values():
+            layer = self._chains[indices[0]].adapted
+            assert layer is not None
+            self._handles.append(layer.register_forward_hook(self._forward_hook(indices)))
+
+    def disarm(self) -> None:
+        """Take the hooks away; what was seen is forgotten with the next `arm`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def begin_backward(self) -> None:
+        """Forget the backward pass before: each is a sum over other tokens."""
+        self._seen, self._times = {}, {}
+
+    def collect(self, gradient_scale: float = 1.0) -> None:
+        """Bring what was seen to the host, gradients divided by `gradient_scale`."""
+        copy = HostCopy()
+        places = {
+            index: [copy.reserve(tuple(part.shape), part.device).copy_(part) for part in parts]
+            for index, parts in self._seen.items()
+        }
+        copy.fetch()
+        fetched = {index: [copy.fetched(place) for place in pair] for index, pair in places.items()}
+        power = np.array([2.0, 2.0, 2.0, 2.0, 0.0])
+        self._found = {
+            # A layer that was called twice has a gradient that is a sum, of which only the parts were seen.
+            index: (
+                fetched[index][0] / gradient_scale**power
+                if self._times[index] == 1
+                else np.full(len(_NUMBERS), np.nan),
+                fetched[index][1],
+            )
+            for index in self._seen
+        }
+        self._seen = {}
+
+    def forget(self) -> None:
+        """Drop what was collected: the next step is not looked at."""
+        self._found = {}
+
+    def parts(self, members: NDArray[np.int_]) -> TokenParts | None:
+        """Return what was collected of the chains at these positions, NaN for those not seen; None if none was."""
+        found = [self._found.get(int(member)) for member in members]
+        width = next((len(one[1]) for one in found if one is not None), None)
+        if width is None:
+            return None
+        numbers = np.stack([np.full(len(_NUMBERS), np.nan) if one is None else one[0] for one in found])
+        grams = np.stack([np.full((width, width), np.nan) if one is None else one[1] for one in found])
+        return TokenParts(**dict(zip(_NUMBERS, numbers.T, strict=True)), inputs=coordinates_from_gram(grams))
+
+    def _forward_hook(self, indices: list[int]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+            inputs = arguments[0] if arguments else None
+            if not (isinstance(inputs, Tensor) and isinstance(output, Tensor) and output.requires_grad):
+                return
+            version = inputs._version
+            held = inputs.detach()
+
+            def see(gradient: Tensor) -> None:
+                if held._version == version:  # else somebody wrote over the inputs since
+                    self._see(indices, held, gradient)
+
+            output.register_hook(see)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _see(self, indices: list[int], inputs: Tensor, gradient: Tensor) -> None:
+        """Look at one layer. It runs inside somebody's backward pass, where nothing may be raised."""
+        try:
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+                for index in indices:
+                    self._times[index] = self._times.get(index, 0) + 1
+                    self._seen[index] = look_at_tokens(self._chains[index], inputs, gradient)
+        except Exception as error:
+            logger.warning("tracker: tokens are not looked at any more (%s: %s).", type(error).__name__, error)
+            self.disarm()
+            self._chains = []
+
+
+def look_at_tokens(chain: Chain, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ‖G‖², ‖Π_T G‖², ⟨G, P(G)⟩, ‖P(G)‖² and t as one tensor (5,), and the Gram matrix of X A (w_0, w_0).
+
+    Args:
+        chain: With its factors as they were in the forward pass.
+        inputs: (…, d_in).
+        gradient: (…, d_out).
+    """
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    x = readable(inputs.detach()).reshape(-1, inputs.shape[-1]).to(wide)
+    d = readable(gradient.detach()).reshape(-1, gradient.shape[-1]).to(wide)
+    factors = [
+        (matrix.mT if factor.transposed else matrix).double()
+        for factor in chain.factors
+        for matrix in [readable(factor.matrix(factor.parameter.detach()))]
+    ]
+    first, *inner, last = factors
+    suffix = [last]  # W_i … Wn B, from the back
+    for factor in reversed(inner):
+        suffix.insert(0, factor @ suffix[0])
+    prefix = [torch.eye(first.shape[1], dtype=torch.float64, device=first.device)]  # W1 … W_i
+    for factor in inner:
+        prefix.append(prefix[-1] @ factor)
+
+    # The tangent space: all changes in the columns of L and all in the rows of R.
+    u, v = _basis(first @ prefix[-1]).to(wide), _basis(suffix[0].mT).to(wide)
+    xu, dv = x @ u, d @ v
+    in_columns = xu.mT @ d  # UᵀG (w, d_out)
+    in_rows = x.mT @ dv - u @ (xu.mT @ dv)  # (1 − UUᵀ) G V (d_in, w)
+    tangent = _square(in_columns) + _square(in_rows)
+
+    # The preconditioned gradient P(G) = g_A R + A Y, with g_i = L_iᵀ G R_iᵀ.
+    xa = x @ first.to(wide)
+    from_a = (x.mT @ (d @ suffix[0].mT.to(wide))).double()  # (d_in, w_0)
+    from_b = (xa.mT @ d).double()  # AᵀG (w_0, d_out)
+    middle = (xa.mT @ (d @ last.mT.to(wide))).double()  # AᵀGBᵀ (w_0, w_n)
+    gradient_b = prefix[-1].mT @ from_b
+    along_a = prefix[-1] @ gradient_b  # Y (w_0, d_out)
+    dot = _square(from_a) + _square(gradient_b)
+    for i, _ in enumerate(inner):
+        after = torch.eye(last.shape[0], dtype=torch.float64, device=last.device)
+        for factor in reversed(inner[i + 1 :]):
+            after = factor @ after
+        own = prefix[i].mT @ middle @ after.mT
+        dot = dot + _square(own)
+        along_a = along_a + prefix[i] @ own @ suffix[i + 1]
+    columns = torch.cat([from_a, first], dim=1)
+    rows = torch.cat([suffix[0], along_a], dim=0)
+    preconditioned = ((columns.mT @ columns) * (rows @ rows.mT)).sum()
+    count = torch.full_like(dot, float(len(x)))
+    numbers = torch.stack([gradient_square(x, d), tangent, dot, preconditioned, count])
+    xa = xa.double()
+    return numbers, xa.mT @ xa
+
+
+def gradient_square(x: Tensor, d: Tensor) -> Tensor:
+    """Return ‖XᵀD‖², in float64, by whichever way is cheaper.
+
+    Of few tokens by their Gram matrices, ⟨XXᵀ, DDᵀ⟩, in float64, since its terms cancel; of many from blocks of XᵀD.
+    """
+    tokens, d_in, d_out = len(x), x.shape[1], d.shape[1]
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    if 2 * tokens * (d_in + d_out) < d_in * d_out:
+        x, d = x.double(), d.double()
+        for start in range(0, tokens, _BLOCK):
+            piece = slice(start, start + _BLOCK)
+            total += ((x[piece] @ x.mT) * (d[piece] @ d.mT)).sum()
+        return total
+    for start in range(0, d_out, _BLOCK):
+        total += _square(x.mT @ d[:, start : start + _BLOCK])
+    return total
+
+
+def _square(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix.double())
+    return norm * norm
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    """Orthonormal basis (d, w) of the columns of (d, w), zero columns for directions at rounding level."""
+    q, r = torch.linalg.qr(matrix)
+    left, sigma, _ = torch.linalg.svd(r)
+    kept = sigma > max(matrix.shape) * torch.finfo(matrix.dtype).eps * sigma.amax(dim=-1, keepdim=True)
+    basis: Tensor = q @ left * kept
+    return basis
+
+
+def _is_linear(chain: Chain) -> bool:
+    """Whether the layer multiplies its inputs by a matrix."""
+    base = chain.adapted.get_base_layer() if chain.adapted is not None else None
+    return isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
