@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from linchain_analysis.errors import LinchainError
-from linchain_analysis.tracking.launcher import check, launch
+from linchain_analysis.tracking.launcher import Recording, check, launch
+from linchain_analysis.tracking.presets import SAMPLE_EVERY
 
 app = typer.Typer(add_completion=False, context_settings={"allow_interspersed_args": False})
 
@@ -23,8 +24,7 @@ class Request:
     arguments: list[str]
     is_module: bool
     out: Path | None
-    preset: str
-    every: str
+    recording: Recording
 
 
 _REQUESTS: list[Request] = []
@@ -37,12 +37,23 @@ def parse(
     is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module.")] = False,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/SCRIPT-TIME if it is not given.")] = None,
     preset: Annotated[
-        str, typer.Option(help="light (norms), standard (spectra and cosines), or full, which for now is standard.")
+        str,
+        typer.Option(help="light (norms), standard (spectra and cosines), or full (every measure, snapshots)."),
     ] = "standard",
     every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
+    measures: Annotated[
+        str | None,
+        typer.Option(help="In place of a preset: names, separated by commas (linchain_analysis.audit --list)."),
+    ] = None,
+    sample_every: Annotated[int, typer.Option(help="Steps between two samples of the dear measures.")] = SAMPLE_EVERY,
+    snapshot_every: Annotated[
+        int | None, typer.Option(help="Steps between two snapshots of the small cores; 50 for full, else none.")
+    ] = None,
 ) -> None:
     """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""
-    _REQUESTS.append(Request(target, arguments or [], is_module, out, preset, every))
+    chosen = None if measures is None else tuple(name.strip() for name in measures.split(","))
+    recording = Recording(preset, every, chosen, sample_every, snapshot_every)
+    _REQUESTS.append(Request(target, arguments or [], is_module, out, recording))
 
 
 def main() -> None:
@@ -55,7 +66,7 @@ def main() -> None:
             raise
     request = _REQUESTS.pop()
     try:
-        check(request.target, is_module=request.is_module, preset=request.preset, every=request.every)
+        check(request.target, is_module=request.is_module, recording=request.recording)
     except LinchainError as error:
         print(f"linchain_analysis: {error}", file=sys.stderr)
         sys.exit(2)
@@ -64,8 +75,7 @@ def main() -> None:
         request.arguments,
         is_module=request.is_module,
         out=request.out,
-        preset=request.preset,
-        every=request.every,
+        recording=request.recording,
     )
 
 

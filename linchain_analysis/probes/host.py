@@ -11,21 +11,25 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Places for float64 results on their device, brought to the host together."""
+    """Places for results on their device, brought to the host together, as float64."""
 
     def __init__(self) -> None:
         self._places: list[Tensor] = []
         self._lent: list[Tensor] = []
         self._arrays: dict[int, NDArray[np.float64]] = {}  # by the identity of a place or of what was lent
 
-    def reserve(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def reserve(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return a place for a result, not initialised, to be written before every transfer."""
-        place = torch.empty(shape, dtype=torch.float64, device=device)
+        place = torch.empty(shape, dtype=dtype, device=device)
         self._places.append(place)
         return place
 
+    def withdraw(self, place: Tensor) -> None:
+        """Give up a place."""
+        self._places = [kept for kept in self._places if kept is not place]
+
     def lend(self, tensor: Tensor) -> Tensor:
-        """Let the next transfer, and no later one, take `tensor` along as it stands then, in float64."""
+        """Let the next transfer, and no later one, take `tensor` along as it stands then."""
         self._lent.append(tensor)
         return tensor
 
@@ -35,9 +39,9 @@ class HostCopy:
         Returns:
             The numbers in `extra`.
         """
-        scalars = [readable(tensor.detach()).to(torch.float64).reshape(1) for tensor in extra]
         wanted = [*self._places, *self._lent]
-        parts = [*(part.to(torch.float64).reshape(-1) for part in wanted), *scalars]
+        scalars = [readable(tensor.detach()).to(torch.float64).reshape(1) for tensor in extra]
+        parts = [*(part.to(torch.float64).view(-1) for part in wanted), *scalars]
         if not parts:
             return []
         device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
@@ -62,26 +66,19 @@ class HostCopy:
 
 
 class Scratch:
-    """Memory for intermediate results by name, kept between calls."""
+    """Memory for intermediate results by name: everybody who takes a name writes over what the last one left there."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self._views: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory of `shape` that holds anything; the same as in the last call of this name and dtype."""
-        view = self._views.get((name, shape, dtype, device))
-        if view is not None:
-            return view
+        """Return memory of `shape` that holds anything."""
         size = int(np.prod(shape, dtype=np.int64))
         kept = self._kept.get((name, dtype, device))
         if kept is None or kept.numel() < size:
             kept = torch.empty(size, dtype=dtype, device=device)
             self._kept[name, dtype, device] = kept
-            self._views = {key: one for key, one in self._views.items() if (key[0], *key[2:]) != (name, dtype, device)}
-        view = kept[:size].view(shape)
-        self._views[name, shape, dtype, device] = view
-        return view
+        return kept[:size].view(shape)
 
 
 def readable(tensor: Tensor) -> Tensor:

@@ -186,6 +186,11 @@ class ChainReader:
             for stack in self._stacks:
                 stack.read_after(self._copy, gradients=self._takes_gradients, narrow=narrow)
             values = self._copy.fetch(extra)
+            extreme = [stack for stack in self._stacks if stack.needs_wide(self._copy)] if narrow else []
+            for stack in extreme:
+                stack.read_after(self._copy, gradients=self._takes_gradients, narrow=False)
+            if extreme:
+                self._copy.fetch()
             reading = self._assemble(rates or {})
             self._copy.release()
         return reading, values

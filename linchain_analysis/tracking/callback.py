@@ -32,7 +32,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         data_seed: The Trainer's `data_seed`, else its `seed`, where it is not said.
         close_on_train_end: Whether the run ends with the training, or when `close` is called.
         options: Further arguments of `Tracker`: `measures`, `sample_every`, `snapshot_every`, `gradients`, `extra`,
-            `log_budget_bytes`, `strict`.
+            `log_budget_bytes`, `strict`, `quiet`.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import TracebackType
@@ -18,28 +19,40 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.tracking.presets import find_preset
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, find_preset, select
 from linchain_analysis.tracking.schedule import parse_every
 
 if TYPE_CHECKING:
     from linchain_analysis.tracking.tracker import Tracker
 
 
-def check(target: str, *, is_module: bool, preset: str, every: int | str) -> None:
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded of a launched script, as `Tracker` takes it."""
+
+    preset: str = "standard"
+    every: int | str = "auto"
+    measures: tuple[str, ...] | None = None
+    sample_every: int = SAMPLE_EVERY
+    snapshot_every: int | None = None
+
+
+def check(target: str, *, is_module: bool, recording: Recording) -> None:
     """Refuse what cannot be meant before anything runs.
 
     Raises:
-        InputError: There is no such script, preset or schedule.
+        InputError: There is no such script, preset, measure or schedule.
     """
     if not is_module and not Path(target).is_file():
         raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
-    find_preset(preset)
-    parse_every(every)
+    find_preset(recording.preset)
+    if recording.measures is not None:
+        select(recording.preset, recording.measures)
+    parse_every(recording.every)
+    check_intervals(recording.sample_every, recording.snapshot_every)
 
 
-def launch(
-    target: str, arguments: Sequence[str], *, is_module: bool, out: Path | None, preset: str, every: int | str
-) -> None:
+def launch(target: str, arguments: Sequence[str], *, is_module: bool, out: Path | None, recording: Recording) -> None:
     """Run `target` as `python` would, and track what it trains.
 
     How the script ends (`SystemExit`, an exception, an interrupt) goes on to the caller.
@@ -50,12 +63,11 @@ def launch(
         is_module: Whether `target` is a module (`python -m`).
         out: The run folder; `runs/<name of the script>-<time>` where it is not said. A second optimiser's run gets
             the same name with `-2`.
-        preset: As in `Tracker`.
-        every: As in `Tracker`.
+        recording: What is recorded.
     """
     name = target.rpartition(".")[2] if is_module else Path(target).stem
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    session = _Session(folder, preset, every)
+    session = _Session(folder, recording)
     # Only once the script itself imports torch: one that prints its help and ends stays fast.
     wrapt.when_imported("torch")(lambda _: session.start())
     sys.argv = [target, *arguments]
@@ -101,10 +113,9 @@ def _hide_own_frames() -> None:
 class _Session:
     """The trackers of one launched script."""
 
-    def __init__(self, folder: Path, preset: str, every: int | str) -> None:
+    def __init__(self, folder: Path, recording: Recording) -> None:
         self._folder = folder
-        self._preset = preset
-        self._every = every
+        self._recording = recording
         self._process = os.getpid()
         self._discovery: Any = None
 
@@ -124,8 +135,9 @@ class _Session:
             return
         self._discovery.close()
         for tracker in self._discovery.trackers:
-            tracker.end(error)
-            _say(f"{tracker.num_steps} steps in {tracker.path}")
+            tracker.end(error)  # says itself how many steps are where, and what they cost
+            if not tracker.num_steps:
+                _say(f"0 steps in {tracker.path}")
         if not self._discovery.trackers:
             _say(
                 "expected an optimiser that trains a PEFT adapter, found none; nothing was tracked. "
@@ -136,7 +148,7 @@ class _Session:
         from linchain_analysis.tracking.lifetime import number_path
         from linchain_analysis.tracking.tracker import Tracker
 
-        tracker = Tracker(model, optimizer, number_path(self._folder, number), preset=self._preset, every=self._every)
+        tracker = Tracker(model, optimizer, number_path(self._folder, number), **vars(self._recording))
         _say(f"tracking into {tracker.path}")
         return tracker
 

@@ -15,12 +15,11 @@ from linchain_analysis.measures.cores import Cores
 from linchain_analysis.measures.registry import NOISE_COLUMNS, Measure
 from linchain_analysis.probes import Chain, Reading, Wanted
 from linchain_analysis.runs import pack_chain
-from linchain_analysis.tracking.presets import Selection
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, Selection
 from linchain_analysis.vocabulary import columns_of
 
 logger = logging.getLogger("linchain_analysis")
 
-SAMPLE_EVERY = 50
 SNAPSHOT_EVERY = 50
 _FIXED = {table: {column.name for column in columns_of(table)} for table in ("steps", "modules", "factors", "links")}
 

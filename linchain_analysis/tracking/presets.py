@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from linchain_analysis.errors import InputError
 from linchain_analysis.measures.registry import BUILT_IN, NOISE_COLUMNS, Measure, all_measures, find_measure
 
+SAMPLE_EVERY = 50
 PRESETS = ("light", "standard", "full")
 NOISE = "noise"
 _NAMES = (*BUILT_IN, NOISE)
@@ -81,6 +82,21 @@ def find_preset(name: str) -> str:
             do=f"did you mean {close[0]!r}?" if close else "pass one of these",
         )
     return name
+
+
+def check_intervals(sample_every: object, snapshot_every: object, gradients: object = "cores") -> None:
+    """Refuse intervals that are no number of steps, and unknown ways to keep gradients.
+
+    Raises:
+        InputError: One of them.
+    """
+    for name, value in (("sample_every", sample_every), ("snapshot_every", snapshot_every)):
+        if value is None and name == "snapshot_every":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(name, expected="a number of steps ≥ 1", got=repr(value), do="pass a whole number")
+    if gradients not in ("cores", "full"):
+        raise InputError("gradients", expected="cores or full", got=repr(gradients), do="pass one of these")
 
 
 def _of_level(*levels: str) -> tuple[Measure, ...]:

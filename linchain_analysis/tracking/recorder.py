@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from linchain_analysis.probes import Chain, ChainReader, Reading
 from linchain_analysis.runs import RunWriter
+from linchain_analysis.tracking.cost import Cost
 from linchain_analysis.tracking.gradients import norm_of_gradients
 from linchain_analysis.tracking.interception import scale_left_in
 from linchain_analysis.tracking.measuring import Measuring
@@ -83,6 +84,7 @@ class Recorder:
         self.optimizer = optimizer
         self.writer = writer
         self.num_steps = 0
+        self.cost = Cost()
         self._chains = list(chains)
         self._measuring = measuring
         self._wanted = measuring.wanted
@@ -109,6 +111,8 @@ class Recorder:
         self._last_end = time.perf_counter()
         self._pending: dict[str, dict[str, Any]] = {}
         self._rates: dict[int, float] = {}
+        self._group_counts: list[int] = []
+        self._optimized: tuple[NDArray[np.bool_], set[int]] = np.zeros(0, dtype=bool), set()
         self._noise = NoiseScale() if measuring.selection.noise else None
         self._look_ahead()
 
@@ -236,7 +240,7 @@ class Recorder:
         self._recording = self._records(self.num_steps + 1)
         if self._recording:
             self._reader.read_gradients(scale)
-            optimized, ids = _optimized_rows(self.optimizer, self._chains)
+            optimized, ids = self._find_optimized()
             known = self._reader.gradient_square(optimized) if optimized.any() else []
             self._grad_norm = norm_of_gradients(self.optimizer, scale, known, ids)
         else:
@@ -244,6 +248,13 @@ class Recorder:
         if self._reader.tokens.armed:
             self._reader.tokens.collect(_loss_scale(self._scaler))
             self._reader.tokens.disarm()
+
+    def _find_optimized(self) -> tuple[NDArray[np.bool_], set[int]]:
+        """Which factors the optimiser trains; looked up anew when its groups change."""
+        counts = [len(group["params"]) for group in self.optimizer.param_groups]
+        if counts != self._group_counts:
+            self._group_counts, self._optimized = counts, _optimized_rows(self.optimizer, self._chains)
+        return self._optimized
 
     def _records(self, step: int) -> bool:
         if self._decided != step:  # a schedule is asked once for each step
@@ -306,7 +317,9 @@ class Recorder:
         pending, self._pending = self._pending, {}
         # The seconds of this very writing are counted with the next step.
         so_far = time.perf_counter() - self._entered
-        pending["steps"]["track_seconds"] = [self._own_seconds + so_far]
+        own = self._own_seconds + so_far
+        pending["steps"]["track_seconds"] = [own]
+        self.cost.add(pending["steps"]["seconds"][0], own)
         self._own_seconds = -so_far
         for table in ("modules", "factors", "links", "snapshots", "steps"):
             if pending.get(table):

@@ -17,9 +17,9 @@ from linchain_analysis.probes import find_chains
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
 from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, open_writer, writes_here
-from linchain_analysis.tracking.measuring import SAMPLE_EVERY, Measuring
+from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.methods import name_method
-from linchain_analysis.tracking.presets import select
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, select
 from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.rows import module_records
 from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
@@ -55,6 +55,7 @@ class Tracker:
         num_steps: Length of the run where it is known, for `every="auto"`.
         log_budget_bytes: For `every="auto"`.
         strict: Raise faults of the tracker instead of reporting them.
+        quiet: Whether to leave out the line on standard error that says, at the end, what tracking cost.
         deferred: Whether the rows of a step wait until `complete_step` says what only the training loop knows.
 
     Raises:
@@ -82,10 +83,12 @@ class Tracker:
         num_steps: int | None = None,
         log_budget_bytes: int = LOG_BUDGET_BYTES,
         strict: bool = False,
+        quiet: bool = False,
         deferred: bool = False,
     ) -> None:
         self.path = Path(path)
         self._strict = strict
+        self._quiet = quiet
         self._writer: RunWriter | None = None
         self._recorder: Recorder | None = None
         self._watch: Watch | None = None
@@ -94,7 +97,7 @@ class Tracker:
         self._num_steps = 0
         self._process = os.getpid()
         chosen, schedule = select(preset, measures), parse_every(every, num_steps, log_budget_bytes)
-        _check_intervals(sample_every, snapshot_every, gradients)
+        check_intervals(sample_every, snapshot_every, gradients)
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
         try:
@@ -214,8 +217,14 @@ class Tracker:
                 self._writer.close(status, message)
         except Exception as error:
             self._report("close", error)
+        self._tell_cost()
         # A closed tracker that somebody keeps does not keep the optimiser's state.
         self._num_steps, self._recorder, self._watch = self.num_steps, None, None
+
+    def _tell_cost(self) -> None:
+        told = self._recorder.cost.describe() if self._recorder else ""
+        if told and not self._quiet:
+            print(f"linchain_analysis: {self.num_steps} steps in {self.path}; {told}", file=sys.stderr)
 
     def _flush_log(self, *, ready_only: bool = False) -> None:
         """Hand logged scalars over once there is a step for them, and those on a device once that step is past."""
@@ -291,16 +300,6 @@ def _check(model: object, optimizer: object) -> None:
             got=type(optimizer).__name__,
             do="pass what steps the model",
         )
-
-
-def _check_intervals(sample_every: object, snapshot_every: object, gradients: object) -> None:
-    for name, value in (("sample_every", sample_every), ("snapshot_every", snapshot_every)):
-        if value is None and name == "snapshot_every":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(name, expected="a number of steps ≥ 1", got=repr(value), do="pass a whole number")
-    if gradients not in ("cores", "full"):
-        raise InputError("gradients", expected="cores or full", got=repr(gradients), do="pass one of these")
 
 
 def _first_rate(optimizer: Optimizer) -> float | None:

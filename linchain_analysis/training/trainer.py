@@ -81,6 +81,7 @@ def finetune(
         close_on_train_end=False,
         # A study without its record is worthless, so here a fault of the tracker does stop the run.
         strict=True,
+        quiet=True,
     )
     callbacks = [tracking, _BaseAccuracy(tracking, base_accuracy)]
     if on_step is not None:
