@@ -87,7 +87,10 @@ def main(
             show(RunFinished(1, method, time.monotonic() - began))
         from linchain_analysis.runs import load_run
 
-        Console().print(_summarise(load_run(out)))
+        run = load_run(out)
+        Console().print(_summarise(run))
+        own, whole = run.steps["track_seconds"], run.steps["seconds"]
+        typer.echo(f"tracking: {1e3 * own.median():.2f} ms a step (median), {own.sum() / whole.sum():.2%} of the time")
     except LinchainError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

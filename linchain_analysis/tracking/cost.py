@@ -23,6 +23,5 @@ class Cost:
         if not self._own:
             return ""
         share = sum(self._own) / max(sum(self._seconds), 1e-9)
-        return (
-            f"tracking took {1e3 * float(np.median(self._own)):.2f} ms a step (median), {100 * share:.2f} % of the time"
-        )
+        median = 1e3 * float(np.median(self._own))
+        return f"tracking took {median:.2f} ms a step (median), {100 * share:.2f} % of the time"
