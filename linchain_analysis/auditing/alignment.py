@@ -14,7 +14,8 @@ from linchain_analysis.auditing.cache import leading_vectors_of
 from linchain_analysis.auditing.saved import SavedChain
 from linchain_analysis.auditing.spectra import Decomposition
 from linchain_analysis.measures.cores import ratio
-from linchain_analysis.measures.randomized import find_intruders, randomized_svd
+from linchain_analysis.measures.intruders import find_intruders
+from linchain_analysis.measures.randomized import randomized_svd
 from linchain_analysis.measures.spectral import Array, frobenius_norm, spectral_norm
 from linchain_analysis.measures.subspaces import Directions, alignment, amplification
 

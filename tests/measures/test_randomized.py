@@ -8,10 +8,8 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from linchain_analysis.errors import InputError
 from linchain_analysis.measures import randomized
+from linchain_analysis.measures.intruders import cosine_bound, find_intruders, intruder_dimensions
 from linchain_analysis.measures.randomized import (
-    cosine_bound,
-    find_intruders,
-    intruder_dimensions,
     keep_accurate,
     randomized_svd,
     triplet_residuals,
