@@ -21,20 +21,29 @@ _FORMATS = ("pdf", "png")
 def main(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold them.")],
     out: Annotated[Path, typer.Option(help="Folder for the figures.")],
-    only: Annotated[str | None, typer.Option(help=f"Some figures, separated by commas: {', '.join(_NAMES)}.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Some figures, separated by commas: {', '.join(_NAMES)}, or columns by name, such as condition or "
+            "participation-ratio."
+        ),
+    ] = None,
     formats: Annotated[
         str, typer.Option("--format", help=f"Formats, separated by commas: {', '.join(_FORMATS)}.")
     ] = "pdf,png",
 ) -> None:
     """Draw loss, ranks, gradient norms and update norms of RUNS: an overview in --out, each figure in a folder below.
 
+    Every column that a measure recorded is drawn as well, in a folder of its name; other columns are drawn when --only
+    names them.
+
     Runs of several problems, or of one method at several learning rates, are not drawn together: each comparison gets
     a folder of its own.
     """
     num_figures = 0
     try:
-        names = _NAMES if only is None else _choose(only, _NAMES, "--only")
-        for folder in _draw(runs, out, names, _choose(formats, _FORMATS, "--format")):
+        asked = None if only is None else _split(only)
+        for folder in _draw(runs, out, asked, _choose_formats(formats)):
             typer.echo(f"drawn: {folder}")
             num_figures += 1
     except LinchainError as error:
@@ -44,23 +53,32 @@ def main(
         raise typer.Exit(1)
 
 
-def _choose(text: str, known: Sequence[str], option: str) -> list[str]:
-    chosen = [part.strip() for part in text.split(",")]
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _choose_formats(text: str) -> list[str]:
+    chosen = _split(text)
     for name in chosen:
-        if name not in known:
-            raise InputError(option, expected=f"names among {', '.join(known)}", got=repr(name), do="correct the name")
+        if name not in _FORMATS:
+            raise InputError(
+                "--format", expected=f"names among {', '.join(_FORMATS)}", got=repr(name), do="correct the name"
+            )
     return chosen
 
 
-def _draw(paths: Sequence[Path], out: Path, names: Sequence[str], formats: Sequence[str]) -> Iterator[Path]:
+def _draw(paths: Sequence[Path], out: Path, asked: Sequence[str] | None, formats: Sequence[str]) -> Iterator[Path]:
     """Draw and save every comparison, and yield the folder of each figure as it is written."""
     # Here and not above: a wrong option should be refused before matplotlib and pandas are loaded.
     from linchain_analysis.analysis.comparisons import split_comparisons
     from linchain_analysis.analysis.provenance import describe_origin, describe_runs
-    from linchain_analysis.plots import draw_gallery, save_figure
+    from linchain_analysis.plots.gallery import draw_gallery, find_figures
+    from linchain_analysis.plots.saving import save_figure
     from linchain_analysis.runs import load_runs
 
     found = load_runs(paths)
+    # Only the runs know what may be asked for: somebody's own measure has a figure like any other.
+    names = None if asked is None else find_figures(found, asked, "--only")
     unfinished = [
         f"{name} ({run.status})" for run, name in zip(found.runs, found.names, strict=True) if run.status != "complete"
     ]

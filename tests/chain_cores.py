@@ -144,7 +144,8 @@ def small_cores(chains: Sequence[FullChain], **known: Any) -> tuple[Cores, list[
         before=before,
         change=change,
         gradient=gradient,
-        since_start=moved[0] if moved else None,
+        start=tuple(old - change for old, change in zip(before, moved[0], strict=True)) if moved else None,
+        since_start=tuple(m + step for m, step in zip(moved[0], change, strict=True)) if moved else None,
         start_scale=np.array([chain.start_scale for chain in chains]) if moved else None,
         size=chains[0].size,
     )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from linchain_analysis.figures import app
 from linchain_analysis.plots import plot_loss, plot_overview
-from linchain_analysis.runs import load_runs
+from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter, load_runs
 
 FILES = {"figure.pdf", "figure.png", "drawn.csv", "provenance.json"}
 SINGLE = {"loss", "effective-rank", "gradient-norms", "update-norms"}
@@ -115,8 +115,6 @@ def test_a_run_that_is_not_complete_is_named(runs: Path, tmp_path: Path) -> None
     shutil.copytree(runs, tmp_path / "runs")
     name = "sums-lora-16_lr0.001_seed0"
     shutil.rmtree(tmp_path / "runs" / name)
-    from linchain_analysis.runs import Manifest, RunWriter
-
     writer = RunWriter(
         tmp_path / "runs" / name,
         Manifest(("t",), method="lora-16", problem="sums", base_learning_rate=1e-3, init_seed=0, data_seed=0),
@@ -130,15 +128,74 @@ def test_a_run_that_is_not_complete_is_named(runs: Path, tmp_path: Path) -> None
     assert f"lora-16 is drawn up to step 2, where its shortest run ({name}) ends; others go to 8." in caption
 
 
-def test_wrong_options_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    wrong = _draw(tmp_path / "missing", "--out", tmp_path / "x", "--only", "loss,spectra")
+def test_wrong_names_are_refused_with_those_that_the_runs_offer(runs: Path, tmp_path: Path) -> None:
+    wrong = _draw(runs, "--out", tmp_path / "x", "--only", "loss,spectra")
     assert wrong.exit_code == 2
     assert "--only: expected names among overview, loss, effective-rank" in wrong.stderr
+    assert "participation-ratio" in wrong.stderr
     assert "got 'spectra'" in wrong.stderr
-    assert (
-        "--format: expected names among pdf, png, got 'jpg'"
-        in _draw(tmp_path, "--out", tmp_path / "x", "--format", "jpg").stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_wrong_format_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    wrong = _draw(tmp_path / "missing", "--out", tmp_path / "x", "--format", "jpg")
+    assert wrong.exit_code == 2
+    assert "--format: expected names among pdf, png, got 'jpg'" in wrong.stderr
+
+
+def _write_measured(folder: Path) -> None:
+    """Runs that hold a column of this package and one that only its author knows."""
+    for seed in (0, 1):
+        manifest = Manifest(
+            ("train",),
+            method="lora-2",
+            problem="sums",
+            base_learning_rate=1e-3,
+            init_seed=seed,
+            data_seed=seed,
+            modules=(ModuleRecord("q", "q", 0, "default", 4, 4, 1.0, (("A", (4, 2)), ("B", (2, 4)))),),
+            columns={"modules": [("interaction_ratio", "float"), ("my_own", "float")]},
+        )
+        writer = RunWriter(folder / f"seed{seed}", manifest)
+        writer.append(
+            "modules", {"step": [1, 2], "module": ["q"] * 2, "interaction_ratio": [0.1, 0.2], "my_own": [3, 4]}
+        )
+        writer.append("steps", {"step": [1, 2], "loss": [2.0, 1.0]})
+        writer.close()
+
+
+def test_every_measured_column_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    _write_measured(tmp_path / "runs")
+    done = _draw(tmp_path / "runs", "--out", tmp_path / "figures")
+    assert done.exit_code == 0, done.output
+    for name in ("interaction-ratio", "my-own"):
+        assert f"drawn: {tmp_path / 'figures' / name}" in done.stdout
+        assert {file.name for file in (tmp_path / "figures" / name).iterdir()} == FILES
+    provenance = json.loads((tmp_path / "figures" / "interaction-ratio" / "provenance.json").read_text("utf-8"))
+    assert [column["name"] for column in provenance["columns"]] == ["step", "module", "interaction_ratio"]
+    assert len(provenance["runs"]) == 2
+    assert pd.read_csv(tmp_path / "figures" / "my-own" / "drawn.csv")["mean"].tolist() == [3.0, 4.0]
+
+
+def test_columns_are_drawn_by_name(runs: Path, tmp_path: Path) -> None:
+    options = ["--only", "participation-ratio,delta_norm", "--format", "png"]
+    assert _draw(runs, "--out", tmp_path, *options).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"participation-ratio", "delta-norm"}
+
+
+def test_a_column_that_one_comparison_lacks_is_drawn_for_the_others(tmp_path: Path) -> None:
+    _write_measured(tmp_path / "runs")
+    # The same method at another rate, and without the measure: a comparison of its own.
+    writer = RunWriter(
+        tmp_path / "runs" / "faster",
+        Manifest(("t",), method="lora-2", problem="sums", base_learning_rate=1e-2, init_seed=0, data_seed=0),
     )
+    writer.append("steps", {"step": [1, 2], "loss": [2.0, 1.0]})
+    writer.close()
+    done = _draw(tmp_path / "runs", "--out", tmp_path / "figures", "--only", "my-own", "--format", "png")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [f"drawn: {tmp_path / 'figures' / 'sums-lr0.001' / 'my-own'}"]
+    assert "left out: my-own: expected a column of these runs" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def has_autocast(device: str) -> bool:
+    """Tell whether autocast is on for a type of device; some, as `meta`, do not know it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Return a context in which operations keep the dtype of their operands."""
+    # Entering torch's own takes longer than multiplying two inner factors.
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 class InnerFactors(nn.Module):
@@ -49,7 +61,7 @@ class InnerFactors(nn.Module):
         Formed in the factors' own dtype also under autocast, which would round every intermediate product.
         """
         first, *others = self.inner_factors()
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device.type):
             product: Tensor = first
             for factor in others:
                 product = factor @ product
@@ -92,7 +104,7 @@ class FactorChain(InnerFactors):
     def fold_first(self, product: Tensor) -> Tensor:
         """Return `product` (r, r) times A, in the shape of A."""
         first: Tensor = self.A
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device.type):
             return (product @ first.flatten(1)).view(first.shape)
 
     def forward(self, x: Tensor) -> Tensor:

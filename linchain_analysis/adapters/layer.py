@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
 from torch import Tensor, nn
 
-from linchain_analysis.adapters.chain import FactorChain, InnerFactors
+from linchain_analysis.adapters.chain import FactorChain, InnerFactors, without_autocast
+from linchain_analysis.adapters.fused import as_rows, fused_linear, is_hooked
 
 # What PEFT hands to its own layers and not to the base layer.
 _OPTIONS = ("adapter_names", "alora_offsets")
@@ -22,31 +23,38 @@ class ChainLinear(Linear):  # type: ignore[misc]
         """Return x W + bias + scale · x A W1 … Wn B, (…, d_out).
 
         In the plain case the small product and the scale are folded into the smaller of A and B, and the sum with the
-        base output is one `addmm`, which keeps no more for backward than LoRA: x, x A and small matrices.
+        base output is formed in place, or where that is not safe by one `addmm`. Either keeps no more for backward
+        than LoRA: x, x A and small matrices.
         """
         adapter = self._plain_adapter(kwargs)
         if adapter is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         options = {name: value for name, value in kwargs.items() if name not in _OPTIONS}
+        first, last = self._fold(adapter)
+        dropout = self.lora_dropout[adapter]
+        fused = None if args or options else fused_linear(self.base_layer, dropout, x, first, last)
+        if fused is not None:
+            return fused
         base: Tensor = self.base_layer(x, *args, **options)
-        chain, last, scale = self.lora_A[adapter], self.lora_B[adapter].weight, self.scaling[adapter]
-        first = chain.A
-        x = self.lora_dropout[adapter](self._cast_input_dtype(x, first.dtype))
-        product = chain.inner_product(scale)
-        if self.in_features <= self.out_features:
-            first = chain.fold_first(product)
-        else:
-            with torch.autocast(last.device.type, enabled=False):
-                last = last @ product
-        hidden = F.linear(x, first)
+        hidden = F.linear(dropout(self._cast_input_dtype(x, first.dtype)), first)
         if base.dtype != hidden.dtype:
             # The dtypes promote as in LoRA: the sum is formed in the wider one and rounded once.
             return (base + F.linear(hidden, last)).to(base.dtype)
-        # The widths are named, not -1: an empty batch leaves -1 undetermined.
-        rows = base.shape[:-1].numel()
-        fused = torch.addmm(base.reshape(rows, base.shape[-1]), hidden.reshape(rows, hidden.shape[-1]), last.t())
-        return fused.view(base.shape)
+        return torch.addmm(as_rows(base), as_rows(hidden), last.t()).view(base.shape)
+
+    def _fold(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the chain as two factors, (r, d_in) and (d_out, r): scale and inner product go into the smaller."""
+        chain, last, scale = self.lora_A[adapter], self.lora_B[adapter].weight, self.scaling[adapter]
+        folds_first = self.in_features <= self.out_features
+        if not isinstance(chain, FactorChain):
+            first = chain.weight
+            return (first * scale, last) if folds_first else (first, last * scale)
+        product = chain.inner_product(scale)
+        if folds_first:
+            return chain.fold_first(product), last
+        with without_autocast(last.device.type):
+            return chain.A, last @ product
 
     def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
         """Return the adapter if there is just one to apply and nothing else to do, or None."""
@@ -58,7 +66,8 @@ class ChainLinear(Linear):  # type: ignore[misc]
         if len(present) != 1 or present[0] in self.lora_variant or self.lora_bias[present[0]]:
             return None
         chain, last = self.lora_A[present[0]], self.lora_B[present[0]]
-        return present[0] if type(chain) is FactorChain and not (_is_hooked(chain) or _is_hooked(last)) else None
+        is_plain = type(chain) in (FactorChain, nn.Linear) and not (is_hooked(chain) or is_hooked(last))
+        return present[0] if is_plain else None
 
 
 class ChainEmbedding(Embedding):  # type: ignore[misc]
@@ -116,7 +125,7 @@ class ChainEmbedding(Embedding):  # type: ignore[misc]
         if adapter not in self.lora_embedding_W:
             return last * scale
         inner = cast(InnerFactors, self.lora_embedding_W[adapter])
-        with torch.autocast(last.device.type, enabled=False):
+        with without_autocast(last.device.type):
             return last @ inner.inner_product(scale)
 
 
@@ -132,10 +141,3 @@ def read_factors(layer: LoraLayer, adapter: str) -> list[tuple[str, nn.Parameter
     inner = getattr(layer, "lora_embedding_W", {})
     middle = inner[adapter].chain_factors() if adapter in inner else []
     return [("A", layer.lora_embedding_A[adapter], True), *middle, ("B", layer.lora_embedding_B[adapter], True)]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    # Hooks only run when the module itself is called, and sharding (ZeRO-3, FSDP) gathers its parameters in one.
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

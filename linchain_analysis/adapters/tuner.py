@@ -96,7 +96,10 @@ def _put_chain(
         _put_embedding_chain(layer, adapter, widths, init)
         return
     # A layer class that the user registered with PEFT for a module of their own may keep its factors elsewhere.
-    if len(widths) == 1 or adapter not in layer.lora_A:
+    if adapter not in layer.lora_A:
+        return
+    _adopt(layer)
+    if len(widths) == 1:
         return
     module = layer.lora_A[adapter]
     if tied_to is not None:
@@ -109,7 +112,6 @@ def _put_chain(
         layer.lora_A[adapter] = ConvFactorChain(module, inner)
     else:
         layer.lora_A[adapter] = FactorChain(module.weight.data, inner, module.weight.requires_grad)
-        _adopt(layer)
 
 
 def _put_embedding_chain(layer: Embedding, adapter: str, widths: tuple[int, ...], init: str) -> None:

@@ -16,7 +16,8 @@ def list_caveats(frame: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
         curves: What `trajectories` made of them.
     """
     sentences = []
-    ends = complete_labels(frame).groupby(["method", "run"], observed=True)["step"].max()
+    reached = frame.groupby(["method", "run"], observed=True, dropna=False)["step"].max().reset_index()
+    ends = complete_labels(reached).set_index(["method", "run"])["step"]
     for method in sort_methods(ends.index.get_level_values("method")):
         lengths = ends.loc[method]
         if lengths.min() < lengths.max():

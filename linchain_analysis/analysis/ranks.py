@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from linchain_analysis.analysis.replication import RUN_COLUMNS
 from linchain_analysis.measures import spectral
+from linchain_analysis.runs.ragged import measure_ragged
 
 if TYPE_CHECKING:
     from linchain_analysis.runs import RunSet
@@ -34,16 +36,20 @@ def measure_ranks(runs: RunSet) -> pd.DataFrame:
         there; a spectrum with NaN or Inf stays, as NaN. Empty where no run stored spectra.
     """
     frame: pd.DataFrame = runs.read("modules", columns=["step", "module", "spectrum"])
-    frame = frame[frame["spectrum"].notna()]
-    sigma = stack_spectra(frame["spectrum"])
-    moved = (sigma != 0).any(axis=-1)  # NaN counts as moved
-    table: pd.DataFrame = frame.loc[moved, [*RUN_COLUMNS, "step", "module"]].reset_index(drop=True)
-    return table.assign(**{name: measure(sigma[moved]) for name, measure in RANKS.items()})
+    stored = frame["spectrum"].notna()
+    spectra = frame.pop("spectrum")[stored].to_list()
+    ranks = pd.DataFrame(measure_spectra(spectra))
+    moved = ranks.pop("moved") != 0
+    table: pd.DataFrame = frame.loc[stored, [*RUN_COLUMNS, "step", "module"]]
+    return pd.concat([part[moved.to_numpy()].reset_index(drop=True) for part in (table, ranks)], axis=1)
 
 
-def stack_spectra(spectra: pd.Series) -> NDArray[np.float64]:
-    """Return spectra of different lengths as one array (k, r_max), padded with zeros on the right."""
-    lengths = np.array([len(spectrum) for spectrum in spectra], dtype=np.intp)
-    sigma = np.zeros((len(lengths), lengths.max(initial=1)))
-    sigma[np.arange(sigma.shape[1]) < lengths[:, None]] = np.concatenate([*spectra, []])
-    return sigma
+def measure_spectra(spectra: Sequence[ArrayLike]) -> dict[str, NDArray[np.float64]]:
+    """Return `RANKS` of spectra of any lengths, and as `moved` 0 for those of zeros, 1 for others, NaN among them."""
+    lengths = np.fromiter(map(len, spectra), dtype=np.int64, count=len(spectra))  # type: ignore[arg-type]
+    flat = np.concatenate(spectra) if len(spectra) else np.zeros(0)
+    return measure_ragged(flat, lengths, {**RANKS, "moved": _moved})
+
+
+def _moved(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((sigma != 0).any(axis=-1), dtype=np.float64)

@@ -29,11 +29,18 @@ LOG_RUN_INTERVAL = LOG_INTERVAL.replace("seeds", "runs (seeds not recorded)")
 
 
 def complete_labels(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with `unnamed` for a method or problem that a run does not know, and NaN for a learning rate."""
+    """Return `frame` with `unnamed` for a method or problem that a run does not know, and NaN for a learning rate.
+
+    Labels that `frame` does not have are left out.
+    """
     names = {
-        name: frame[name].astype(object).where(frame[name].notna(), UNNAMED) for name in ("run", "method", "problem")
+        name: frame[name].astype(object).where(frame[name].notna(), UNNAMED)
+        for name in ("run", "method", "problem")
+        if name in frame
     }
-    return frame.assign(**names, base_learning_rate=pd.to_numeric(frame["base_learning_rate"]).astype(np.float64))
+    if "base_learning_rate" in frame:
+        names["base_learning_rate"] = pd.to_numeric(frame["base_learning_rate"]).astype(np.float64)
+    return frame.assign(**names)
 
 
 def check_replicates(frame: pd.DataFrame) -> None:

@@ -32,16 +32,19 @@ def average_modules(frame: pd.DataFrame, value: str, by: Sequence[str] = ()) -> 
     Returns:
         One row per run, `by` and step, sorted.
     """
-    keys = [*RUN_COLUMNS, *by, "step"]
+    keys = ["run", *by, "step"]
     measured = frame[value].to_numpy(dtype=np.float64)
-    work = frame[keys].assign(**{value: measured, "finite": np.isfinite(measured)})
+    finite = np.isfinite(measured)
+    work = frame[keys].assign(**{value: np.where(finite, measured, 0.0), "broken": ~finite})
     table = (
         work.groupby(keys, sort=True, dropna=False, observed=True)
-        .agg(**{value: (value, "mean"), "finite": ("finite", "all")})
+        .agg(**{value: (value, "mean"), "broken": ("broken", "max")})
         .reset_index()
     )
-    table[value] = table[value].where(table["finite"])
-    return table.drop(columns="finite")
+    table[value] = table[value].mask(table.pop("broken").astype(bool))
+    # A run has one set of labels, so that millions of rows need not be grouped by them.
+    labels = frame.loc[~frame["run"].duplicated(), RUN_COLUMNS]
+    return labels.merge(table, on="run", how="right")[[*RUN_COLUMNS, *by, "step", value]]
 
 
 def smooth(values: Floats, window: int, scale: Scale = "linear") -> Floats:
@@ -83,9 +86,8 @@ def trajectories(
     Raises:
         InputError: Two runs have the same condition and seeds.
     """
-    frame = complete_labels(frame)
-    check_replicates(frame)
-    averaged = average_modules(frame, value, by)
+    averaged = complete_labels(average_modules(frame, value, by))
+    check_replicates(averaged)
     groups = [*CONDITION, *by]
     aligned = [
         _align(rows, value, window, scale)

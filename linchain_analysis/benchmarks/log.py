@@ -33,7 +33,7 @@ def _measure_tracked(settings: Settings) -> Iterator[Row]:
     hidden, num_layers = settings.size((512, 8), (32, 8))
     num_steps = settings.size(300, 20)
     loop = SyntheticLoop(adapt_by_method(build_llama(hidden, num_layers, settings.device)), adaptive=True, fresh=True)
-    with Tracker(loop.model, loop.optimizer, settings.folder / "sizes", every=1, strict=True) as tracker:
+    with Tracker(loop.model, loop.optimizer, settings.folder / "sizes", every=1, strict=True, quiet=True) as tracker:
         for _ in range(num_steps):
             loop.step()
         live = count_files(tracker.path, SUFFIXES["live"])

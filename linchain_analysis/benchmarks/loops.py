@@ -113,12 +113,16 @@ class _Bring(torch.autograd.Function):
         return (None, *ctx.gradients)
 
 
+_NUM_WARM = 3
+
+
 class Switch:
     """Turns the tracker of a loop on and off, and keeps the seconds that it says it took.
 
     The tracker's patches see every backward pass and every clipping of the process. An untracked step is therefore
-    one while no tracker is open, and each time the tracker is turned on it begins a new run. After a turn one step is
-    taken outside the measured time.
+    one while no tracker is open, and each time the tracker is turned on it begins a new run, at B = 0 as training does:
+    it would otherwise measure delta from the factors it found, at more cost. After a turn a few steps are taken outside
+    the measured time, since a run's first two hold what is done once.
 
     Args:
         loop: The loop.
@@ -145,17 +149,27 @@ class Switch:
     def turn_on(self) -> None:
         """Track from here on."""
         if self._tracker is None:
+            with torch.no_grad():
+                for name, parameter in self._loop.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.zero_()
             self._tracker = Tracker(
-                self._loop.model, self._loop.optimizer, self._path, preset=self._preset, every=1, strict=True
+                self._loop.model,
+                self._loop.optimizer,
+                self._path,
+                preset=self._preset,
+                every=1,
+                strict=True,
+                quiet=True,
             )
-            self._loop.step()
+            for _ in range(_NUM_WARM):
+                self._loop.step()
 
     def turn_off(self) -> None:
         """Track no more."""
         if self._tracker is not None:
             self._tracker.close()
-            # The first step of a run holds what is done once.
-            self._track_seconds += list(load_run(self._tracker.path).steps["track_seconds"].iloc[1:])
+            self._track_seconds += list(load_run(self._tracker.path).steps["track_seconds"].iloc[_NUM_WARM:])
             shutil.rmtree(self._tracker.path)
             self._tracker = None
             self._loop.step()

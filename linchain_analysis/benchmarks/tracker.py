@@ -13,7 +13,8 @@ from linchain_analysis.benchmarks.settings import Settings
 from linchain_analysis.benchmarks.subjects import adapt_by_method, build_builtin, build_llama, draw_tokens
 from linchain_analysis.benchmarks.timing import Array, Variant, take_turns
 
-NUM_PAIRS = {"standard": 40, "full": 20, "light": 20}
+NUM_PAIRS = {"standard": 24, "full": 12, "light": 12}
+_BLOCK = 3  # steps
 TARGETS = {"standard": 1.01, "full": 1.05, "light": None}
 BUILTIN_TARGET = 1.05
 MILLISECONDS_TARGET = 10.0
@@ -28,7 +29,7 @@ def measure_tracker(settings: Settings) -> Iterator[Row]:
     yield _measure_noise(settings, loop, size)
     for preset, target in TARGETS.items():
         goal = MILLISECONDS_TARGET if preset == "standard" else None
-        yield from _measure(settings, loop, preset, size, target, goal)
+        yield from _measure(settings, loop, preset, size, target, goal, settings.size(_BLOCK, 1))
         yield _isolate(settings, SyntheticLoop(model, adaptive=True), preset, size)
     small = TrainingLoop(*build_builtin(settings.device))
     yield from _measure(settings, small, "standard", "builtin", BUILTIN_TARGET, None, settings.size(5, 1))

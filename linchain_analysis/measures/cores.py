@@ -59,7 +59,9 @@ class Cores:
         change: After the step minus before.
         gradient: ∂L/∂F_i of the whole step (after accumulation, unscaled, before clipping), NaN for a factor without
             one; None where no measure asked for it.
-        since_start: Before the step minus when training began, where the product was not zero then; None elsewhere.
+        start: The factors when training began, where their product was not zero then; None elsewhere. They and
+            `since_start` are in small coordinates of their own.
+        since_start: Their change since, the step included.
         start_scale: (k,), the scale at that time.
         start_squares: Per pair of neighbouring factors, F_iᵀF_i and F_{i+1}F_{i+1}ᵀ when training began, each
             (k, w_i, w_i); empty where no measure asked for them.
@@ -76,6 +78,7 @@ class Cores:
     change: Factors
     size: tuple[int, int]
     gradient: Factors | None = None
+    start: Factors | None = None
     since_start: Factors | None = None
     start_scale: Array | None = None
     start_squares: tuple[tuple[Array, Array], ...] = ()
@@ -113,13 +116,12 @@ class Cores:
 
     @cached_property
     def delta(self) -> Array:
-        """Core of delta after the step, (k, p, q), scale included."""
+        """Core of delta after the step, scale included: (k, p, q), or of another size where there is a `start`."""
         scale = self.scale[:, None, None]
-        if self.since_start is None:
+        if self.start is None or self.since_start is None:
             return scale * multiply(self.after)
         start_scale = scale if self.start_scale is None else self.start_scale[:, None, None]
-        start = [old - moved for old, moved in zip(self.before, self.since_start, strict=True)]
-        change = [moved + step for moved, step in zip(self.since_start, self.change, strict=True)]
+        start, change = list(self.start), list(self.since_start)
         # Each with the scale of its time, which may have been changed in between.
         change[-1] = (scale - start_scale) * start[-1] + scale * change[-1]
         start[-1] = start_scale * start[-1]

@@ -13,6 +13,7 @@ from linchain_analysis.measures.spectral import Array
 
 # Of columns brought to length 1: below this a pivot is rounding as much as number, and an eigenvalue is rounding.
 _SAFE_PIVOT = 1e-6
+_PIECE = 1 << 14  # numbers of a stack worked on at a time
 _ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
 
@@ -30,11 +31,22 @@ def coordinates_from_gram(gram: Array) -> Array:
         (k, c, c); unique up to an orthogonal factor on the left. A zero column stays zero exactly. NaN for a matrix
         that holds NaN or Inf.
     """
+    upper = np.empty(gram.shape)
+    # In pieces: memory that is not in use already costs more, when it is first touched, than the arithmetic.
+    size = max(1, _PIECE // max(gram.shape[-1] ** 2, 1))
+    for start in range(0, len(gram), size):
+        piece = slice(start, start + size)
+        upper[piece] = _coordinates(gram[piece])
+    return upper
+
+
+def _coordinates(gram: Array) -> Array:
     squares = np.einsum("kii->ki", gram)
     if squares.min(initial=1.0) > 0 and np.isfinite(gram).all():  # nothing is out of the ordinary
         length = np.sqrt(squares)
         inverse = 1.0 / length
-        unit = gram * (inverse[:, :, None] * inverse[:, None, :])
+        unit = inverse[:, :, None] * inverse[:, None, :]
+        unit *= gram
         return np.asarray(_decompose(unit) * length[:, None, :])
     finite = np.asarray(np.isfinite(gram).all(axis=(1, 2)))
     present = (squares > 0) & finite[:, None]

@@ -16,7 +16,7 @@ from linchain_analysis.vocabulary import Column
 
 _ARORA = "Arora, Cohen & Hazan 2018, On the optimization of deep networks (arXiv 1802.06509)"
 _CUT_OFF = 1e-12  # of the largest eigenvalue: below it an eigenvalue of a float64 matrix of this size is rounding
-_LARGEST_BLOCK = 1100  # rows of the dense block, r² for square chains: 1 s and 10 MB at r = 32
+_LARGEST_BLOCK = 600  # rows of the dense block, r² for square chains: 20 ms a module there, growing as r⁶
 
 
 @measure(
@@ -61,7 +61,7 @@ def measure_preconditioned_step(cores: Cores) -> Values:
         "float",
         "weight^(2n+2)",
         "largest eigenvalue of P at the factors after the step; as all of P, NaN for chains with inner factors whose "
-        "rank A · rank B is above 1100 (square ones of r > 33)",
+        "rank A · rank B is above 600 (square ones of r > 24)",
         "",
         gauge_dependent=True,
         source=_ARORA,

@@ -26,6 +26,8 @@ def spectrum(core: NDArray[Any]) -> Array:
         for the whole stack.
     """
     core = np.asarray(core, dtype=np.float64)
+    if np.isfinite(core).all():
+        return np.asarray(np.linalg.svd(core, compute_uv=False))
     finite = np.isfinite(core).all(axis=(-2, -1))
     sigma: Array = np.linalg.svd(np.where(finite[..., None, None], core, 0.0), compute_uv=False)
     sigma[~finite] = np.nan

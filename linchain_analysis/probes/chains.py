@@ -9,13 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper, _ConvNd
+from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora.layer import XLoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from linchain_analysis.adapters.layer import read_factors
 
 # A subclass from elsewhere may change the weight in a way of its own, so only these are read as products.
 _PRODUCT_HOMES = ("peft.tuners.lora.", "linchain_analysis.adapters.")
+# Variants that start or differentiate LoRA in their own way and apply it as it is.
+_PRODUCT_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 # Parts of a dotted name that wrappers add: torch.compile, FSDP, activation checkpointing, PEFT's own layers.
 _WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 
@@ -179,12 +184,22 @@ def _refusal(layer: LoraLayer, adapter: str) -> str | None:
     """Why s · A W1 … Wn B is not the change of this layer's effective weight, or None where it is."""
     if layer.use_dora.get(adapter):
         return "DoRA rescales the columns of the whole weight, so its change is not a product of factors"
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None:
-        return f"{type(variant).__name__.removesuffix('Variant')} changes more than a product of factors"
+    variant = type(layer.lora_variant.get(adapter)).__name__
+    if variant not in ("NoneType", *_PRODUCT_VARIANTS):
+        return f"{variant.removesuffix('Variant')} changes more than a product of factors"
+    # Routers weigh the products of several adapters, these without a variant of their own.
+    if any(type(other).__name__ == "ArrowLinearVariant" for other in layer.lora_variant.values()):
+        return "Arrow weighs its product anew for every token"
+    if isinstance(getattr(layer.forward, "__self__", None), XLoraLayer):
+        return "X-LoRA weighs its product anew for every token"
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         return f"{layer.parameter_name} holds {layer.num_experts} experts, so its change is not one product of factors"
     base = layer.get_base_layer()
+    if isinstance(layer, LoraParallelLinear) or getattr(base, "_hf_tp_plan", None) is not None:
+        return "tensor parallelism splits its factors, of which this process holds a part"
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        # `nn.MultiheadAttention` reads this layer's weight and never calls it. PEFT 0.21 merges around each call.
+        return "PEFT adds the product to an output projection inside nn.MultiheadAttention twice (or never, by itself)"
     if isinstance(layer, _ConvNd) and base.groups > 1:
         return f"a convolution in {base.groups} groups changes block by block, not by one product of factors"
     weight = _base_weight(layer)

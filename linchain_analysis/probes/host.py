@@ -18,15 +18,11 @@ class HostCopy:
         self._lent: list[Tensor] = []
         self._arrays: dict[int, NDArray[np.float64]] = {}  # by the identity of a place or of what was lent
 
-    def reserve(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    def reserve(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Return a place for a result, not initialised, to be written before every transfer."""
-        place = torch.empty(shape, dtype=dtype, device=device)
+        place = torch.empty(shape, dtype=torch.float64, device=device)
         self._places.append(place)
         return place
-
-    def withdraw(self, place: Tensor) -> None:
-        """Give up a place."""
-        self._places = [kept for kept in self._places if kept is not place]
 
     def lend(self, tensor: Tensor) -> Tensor:
         """Let the next transfer, and no later one, take `tensor` along as it stands then."""
@@ -40,6 +36,10 @@ class HostCopy:
             The numbers in `extra`.
         """
         wanted = [*self._places, *self._lent]
+        if all(part.device.type == "cpu" for part in (*wanted, *extra)):
+            # Nothing to transfer: places are read where they stand, until they are written again.
+            self._arrays = {id(part): part.to(torch.float64).numpy() for part in wanted}
+            return [float(tensor) for tensor in extra]
         scalars = [readable(tensor.detach()).to(torch.float64).reshape(1) for tensor in extra]
         parts = [*(part.to(torch.float64).view(-1) for part in wanted), *scalars]
         if not parts:
@@ -57,7 +57,7 @@ class HostCopy:
         return numbers
 
     def fetched(self, place: Tensor) -> NDArray[np.float64]:
-        """Return what stood in `place` at the last transfer."""
+        """Return what stood in `place` at the last transfer; to be used before the place is written again."""
         return self._arrays[id(place)]
 
     def release(self) -> None:

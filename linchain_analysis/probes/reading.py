@@ -19,7 +19,7 @@ from linchain_analysis.measures.spectral import Array, frobenius_norm, spectrum
 from linchain_analysis.probes.base import base_norms
 from linchain_analysis.probes.chains import Chain
 from linchain_analysis.probes.coordinates import small_chains, split_columns
-from linchain_analysis.probes.groups import Group, stack_chains
+from linchain_analysis.probes.groups import Group, Shelf, stack_chains
 from linchain_analysis.probes.host import HostCopy
 from linchain_analysis.probes.stacks import FactorStack
 from linchain_analysis.probes.tokens import TokenProbe
@@ -107,6 +107,7 @@ class ChainReader:
         self._wanted = wanted or Wanted()
         self._copy = HostCopy()
         self._stacks: list[FactorStack] = []
+        self._shelves: list[Shelf] = []
         self._groups: list[Group] = []
         self._start_squares: list[tuple[tuple[Array, Array], ...]] = []
         self._base_norms = np.full(len(self.chains), _NAN)
@@ -132,24 +133,27 @@ class ChainReader:
             keyed `module/factor`, for the run folder; empty where every product is zero.
         """
         starts = [chain.refused is None and not _vanishes(chain) for chain in self.chains]
-        self._stacks, self._groups = stack_chains(self.chains, starts)
+        self._stack(starts)
         if self._wanted.squares:
             self._start_squares = [group.squares() for group in self._groups]
         if self._wanted.base:
             self._base_norms = base_norms(self.chains)
-        return {
-            f"{chain.module}/{factor.name}": stack.initial(int(positions[j]))
-            for group in self._groups
-            if group.has_initial
-            for j, chain in enumerate(group.chains)
-            for factor, (stack, positions) in zip(chain.factors, group.stacks, strict=True)
-        }
+        homes = self._homes() if any(starts) else {}
+        kept = {}
+        for chain, offset, start in zip(self.chains, self._offsets, starts, strict=True):
+            for i, factor in enumerate(chain.factors if start else ()):
+                stack, j = homes[int(offset) + i]
+                kept[f"{chain.module}/{factor.name}"] = stack.initial(j)
+        return kept
+
+    def _stack(self, starts: Sequence[bool]) -> None:
+        self._stacks, self._shelves, self._groups = stack_chains(self.chains, starts, apart=self._wanted.cores)
 
     @torch.no_grad()
     def read_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Read the gradients as they stand, divided by `divisor` (the scale of a gradient scaler)."""
         if self.chains and not self._stacks:  # nobody asked for the start: delta is the product itself
-            self._stacks, self._groups = stack_chains(self.chains, [False] * len(self.chains))
+            self._stack([False] * len(self.chains))
         with _plain_arithmetic(self.chains):
             for stack in self._stacks:
                 stack.read_gradients(self._copy, divisor, keep=self._keeps_gradients)
@@ -181,16 +185,10 @@ class ChainReader:
         Returns:
             The reading, and `extra` as numbers.
         """
-        narrow = not (self._wanted.spectra or self._wanted.cores)
-        with _plain_arithmetic(self.chains):
+        with _plain_arithmetic(self.chains), np.errstate(over="ignore", invalid="ignore"):
             for stack in self._stacks:
-                stack.read_after(self._copy, gradients=self._takes_gradients, narrow=narrow)
+                stack.read_after(self._copy, gradients=self._takes_gradients)
             values = self._copy.fetch(extra)
-            extreme = [stack for stack in self._stacks if stack.needs_wide(self._copy)] if narrow else []
-            for stack in extreme:
-                stack.read_after(self._copy, gradients=self._takes_gradients, narrow=False)
-            if extreme:
-                self._copy.fetch()
             reading = self._assemble(rates or {})
             self._copy.release()
         return reading, values
@@ -214,9 +212,9 @@ class ChainReader:
             present[stack.rows], had[stack.rows] = stack.has_gradient, stack.had_gradient
         factors, descent = self._factor_columns(found, present, had)
         columns = _Deltas(np.full(k, _NAN), np.full(k, _NAN), [None] * k, [None] * k)
-        parts = split_columns(self._stacks, small, gradients=self._takes_gradients)
+        parts = [split_columns(shelf, small, gradients=self._takes_gradients) for shelf in self._shelves]
         for g, group in enumerate(self._groups):
-            self._fill_delta(columns, parts, g, group, rates)
+            self._fill_delta(columns, parts, present, g, group, rates)
         return Reading(
             factors=factors,
             descent_cosine=descent,
@@ -256,7 +254,8 @@ class ChainReader:
     def _fill_delta(
         self,
         columns: _Deltas,
-        parts: Mapping[int, Mapping[str, Array]],
+        parts: Sequence[Mapping[str, Array]],
+        present: NDArray[np.bool_],
         g: int,
         group: Group,
         rates: Mapping[int, float],
@@ -269,7 +268,7 @@ class ChainReader:
             known["learning_rate"] = np.array(
                 [[rates.get(id(factor.parameter), _NAN) for factor in chain.factors] for chain in group.chains]
             )
-        cores = small_chains(group, parts, gradients=self._takes_gradients, **known)
+        cores = small_chains(group, parts, present, gradients=self._takes_gradients, **known)
         if self._wanted.spectra:
             lengths = group.spectrum_lengths()
             for store, norms, core, length in (
@@ -287,14 +286,18 @@ class ChainReader:
             columns.cores.append((group.members, cores))
 
     def _whole_gradients(self, index: int) -> dict[str, NDArray[np.floating]]:
-        for group in self._groups:
-            for j in np.flatnonzero(group.members == index):
-                found = {
-                    factor.name: stack.whole_gradient(int(positions[j]))
-                    for factor, (stack, positions) in zip(group.chains[j].factors, group.stacks, strict=True)
-                }
-                return {name: gradient for name, gradient in found.items() if gradient is not None}
-        return {}
+        homes = self._homes()
+        found = {}
+        for i, factor in enumerate(self.chains[index].factors):
+            stack, j = homes[int(self._offsets[index]) + i]
+            gradient = stack.whole_gradient(j)
+            if gradient is not None:
+                found[factor.name] = gradient
+        return found
+
+    def _homes(self) -> dict[int, tuple[FactorStack, int]]:
+        """By row of `factors`, the stack and the place there."""
+        return {int(row): (stack, j) for stack in self._stacks for j, row in enumerate(stack.rows)}
 
 
 def _vanishes(chain: Chain) -> bool:

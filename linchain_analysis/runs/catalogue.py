@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from linchain_analysis.errors import RunError
+from linchain_analysis.runs.conversion import make_frame
 from linchain_analysis.runs.frames import Frames
 from linchain_analysis.runs.manifest import MANIFEST
 from linchain_analysis.runs.reader import Run, load_run
 
 _LABELS = ("method", "problem", "base_learning_rate", "init_seed", "data_seed")
+_NAMED = ("run", "method", "problem")
 
 
 def find_runs(path: str | Path) -> list[Path]:
@@ -72,33 +75,45 @@ class RunSet(Frames, Sequence[Run]):
     @cached_property
     def catalogue(self) -> pd.DataFrame:
         """One row per run: its labels, status, number of steps and folder."""
-        rows = [
-            {
-                "run": name,
-                **{label: getattr(run, label) for label in _LABELS},
-                "status": run.status,
-                "num_steps": run.num_steps,
-                "path": str(run.path),
-            }
-            for name, run in zip(self.names, self.runs, strict=True)
-        ]
-        return pd.DataFrame(rows, columns=["run", *_LABELS, "status", "num_steps", "path"])
+        return self._labels().assign(
+            status=[run.status for run in self.runs],
+            num_steps=[run.num_steps for run in self.runs],
+            path=[str(run.path) for run in self.runs],
+        )
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read `columns` of `table` of all runs, with the labels of each run in front."""
-        parts = []
-        for name, run in zip(self.names, self.runs, strict=True):
-            frame = run.read(table, columns)
-            for position, (label, value) in enumerate(
-                [("run", name), *((label, getattr(run, label)) for label in _LABELS)]
-            ):
-                frame.insert(position, label, value)
-            parts.append(frame)
-        whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", *_LABELS])
-        for name in ("run", "method", "problem", "module", "factor", "kind"):
-            if name in whole and whole[name].notna().any():
-                whole[name] = whole[name].astype("category")
-        return whole
+        parts = _share_categories([run.read(table, columns) for run in self.runs])
+        labels = self._labels()
+        for name in _NAMED:
+            if labels[name].notna().any():
+                labels = labels.assign(**{name: labels[name].astype("category")})
+        # Each row takes the labels of its run by number: millions of texts would have to be made and sorted otherwise.
+        number = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        whole = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        of_rows = {name: labels[name].take(number).array for name in labels}
+        return make_frame({**of_rows, **{name: whole[name] for name in whole if name not in of_rows}})
+
+    def _labels(self) -> pd.DataFrame:
+        """One row per run: what it is called, and its labels."""
+        rows = [
+            {"run": name, **{label: getattr(run, label) for label in _LABELS}}
+            for name, run in zip(self.names, self.runs, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["run", *_LABELS])
+
+
+def _share_categories(parts: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Give columns of categories the same categories in every part, so that they stay that when put together."""
+    for name in ("module", "factor", "kind"):
+        own = [part[name].dtype for part in parts if name in part]
+        kinds = [kind for kind in own if isinstance(kind, pd.CategoricalDtype)]
+        if len(kinds) < len(own):
+            continue
+        together = pd.CategoricalDtype(list(dict.fromkeys(category for kind in kinds for category in kind.categories)))
+        if any(list(kind.categories) != list(together.categories) for kind in kinds):
+            parts = [part.assign(**{name: part[name].astype(together)}) for part in parts]
+    return parts
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -31,7 +31,20 @@ def name_columns(table: pa.Table, numbers: Mapping[str, Mapping[str, int]]) -> p
 def write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
     """Write `table` whole or not at all; return what the manifest keeps of the file."""
     part = path.with_name(f"{path.name}.part")
-    pq.write_table(table, part, compression="zstd", write_page_checksum=True, store_schema=True)
+    # Measured numbers hardly repeat: a dictionary of them costs more than they do, while their bytes apart, exponents
+    # with exponents, are what zstd can shorten.
+    split = [_leaf(field) for field in table.schema if pa.types.is_floating(_value_type(field.type))]
+    repeating = [field.name for field in table.schema if _repeats(field.type)]
+    pq.write_table(
+        table,
+        part,
+        compression="zstd",
+        use_dictionary=repeating,
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        write_statistics=[_leaf(field) for field in table.schema if not pa.types.is_binary(field.type)],
+        write_page_checksum=True,
+        store_schema=True,
+    )
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(path)
@@ -59,6 +72,20 @@ def read_parquet(folder: Path, entry: Mapping[str, Any], columns: Sequence[str] 
     if table.num_rows != entry["num_rows"]:
         raise _error(path, f"{table.num_rows} rows instead of {entry['num_rows']}")
     return table
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_list(kind) else kind
+
+
+def _leaf(field: pa.Field) -> str:
+    """Path of the values of a field in Parquet."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)
+
+
+def _repeats(kind: pa.DataType) -> bool:
+    """Whether a column holds few values many times: steps, names, counts."""
+    return bool(pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_integer(kind))
 
 
 def _footer_checksum(path: Path) -> int:

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from linchain_analysis.errors import DamageError, InputError, RunError
+from linchain_analysis.runs.conversion import make_frame, map_to_categories, map_to_numbers, to_columns
 from linchain_analysis.runs.derived import derive, sources_of
 from linchain_analysis.runs.frames import FRAMES, Frames
 from linchain_analysis.runs.manifest import Manifest, read_manifest
@@ -19,8 +20,6 @@ from linchain_analysis.runs.schema import BY_STEP, live_schema, stream_name, tab
 from linchain_analysis.runs.streams import read_stream
 from linchain_analysis.runs.writer import numbers_of
 from linchain_analysis.vocabulary import columns_of, measured_columns
-
-_OF_MODULE = ("kind", "layer")  # from the manifest, for convenience
 
 
 def load_run(path: str | Path, *, damaged: str = "raise") -> Run:
@@ -107,21 +106,22 @@ class Run(Frames):
                 "read", expected=f"a table among {', '.join(FRAMES)}", got=repr(table), do="check the name"
             )
         frame = self._read_steps() if table == "steps" else self._read_rows(table, columns)
-        if columns is None:
+        if columns is None or list(frame.columns) == list(columns):
             return frame
         missing = [name for name in columns if name not in frame]
         if missing:
+            known = dict.fromkeys([c.name for c in columns_of(table)] + self._schema(table).names + list(frame.columns))
             raise InputError(
                 f"read {table}",
-                expected=f"columns among {', '.join(map(str, frame.columns))}",
+                expected=f"columns among {', '.join(known)}",
                 got=", ".join(missing),
                 do="check the name",
             )
         return frame[list(columns)]
 
     def _read_steps(self) -> pd.DataFrame:
-        frame = _to_pandas(self._stored("steps"))
-        scalars = _to_pandas(self._stored("scalars"))
+        frame = make_frame(to_columns(self._stored("steps"), {}))
+        scalars = make_frame(to_columns(self._stored("scalars"), {}))
         if len(scalars):
             scalars = scalars[scalars["step"].isin(frame["step"])]
             for name, said in scalars.groupby("name", sort=False, observed=True):
@@ -131,39 +131,42 @@ class Run(Frames):
         return frame
 
     def _read_rows(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
-        derived = [c.name for c in columns_of(table) if c.derived and (columns is None or c.name in columns)]
-        if columns is not None:  # those of measures are computed when somebody asks for them
-            others = set(columns) - set(self._schema(table).names) - set(derived)
-            derived += [c.name for c in measured_columns(table) if c.derived and c.name in others] if others else []
+        derived = self._derived_columns(table, columns)
+        kept = set(self.manifest.tables.get(table, {}).get("derived", ()))  # computed when the run was completed
         wanted = None
         if columns is not None:
-            sources = {source for name in derived for source in sources_of(name)}
-            names = self._schema(table).names
-            stored = set(names)
-            key = {"step", "module"} & stored
-            wanted = [name for name in names if name in (set(columns) & stored) | sources | key]
+            sources = {source for name in derived if name not in kept for source in sources_of(name)}
+            names = dict.fromkeys([*self._schema(table).names, *kept])
+            wanted = [name for name in names if name in {*columns, *sources, "step", "module"}]
         # The steps first: of a run that is being written, every row of these is there by now.
         finished = self._step_numbers() if table in BY_STEP else None
         rows = self._stored(table, wanted)
         if finished is not None:
-            rows = rows.filter(pa.compute.is_in(rows["step"], finished.cast(rows["step"].type)))
-        values = derive(rows, derived)
-        hidden = [name for name in ("delta_norm", "delta_update_norm") if name in rows.column_names]
-        frame = _to_pandas(rows.drop_columns(hidden))
-        for name in derived:
-            frame[name] = values[name]
-        if "module" in frame:
-            self._describe_modules(frame, [n for n in _OF_MODULE if columns is None or n in columns])
-        order = [c.name for c in columns_of(table) if c.name in frame]
-        return frame[order + [name for name in frame.columns if name not in order]]
+            rows = _keep_steps(rows, finished)
+        computed = derive(rows, [name for name in derived if name not in kept or name not in rows.column_names])
+        stored = to_columns(rows.drop_columns([name for name in computed if name in rows.column_names]), self._names())
+        found = {**stored, **{name: stored[name].astype(np.float64) for name in kept if name in stored}, **computed}
+        if "module" in found:
+            # Of the manifest, for convenience.
+            records = self.manifest.modules
+            if columns is None or "kind" in columns:
+                found["kind"] = map_to_categories(found["module"], {record.module: record.kind for record in records})
+            if columns is None or "layer" in columns:
+                found["layer"] = map_to_numbers(found["module"], {record.module: record.layer for record in records})
+        order = [c.name for c in columns_of(table)] if columns is None else columns
+        shown = dict.fromkeys([name for name in order if name in found] + (list(found) if columns is None else []))
+        return make_frame({name: found[name] for name in shown})
 
-    def _describe_modules(self, frame: pd.DataFrame, names: Sequence[str]) -> None:
-        """Add columns of the manifest's module table."""
-        records = {record.module: record for record in self.manifest.modules}
-        for name in names:
-            by_module = {module: getattr(record, name) for module, record in records.items()}
-            values = frame["module"].map(by_module)
-            frame[name] = values.astype("category") if name == "kind" else values.astype("Int64")
+    def _derived_columns(self, table: str, columns: Sequence[str] | None) -> list[str]:
+        """Which of the wanted columns follow from others; those of measures only if somebody asks for them."""
+        derived = [c.name for c in columns_of(table) if c.derived and (columns is None or c.name in columns)]
+        others = set(columns or ()) - set(self._schema(table).names) - set(derived)
+        if others:
+            derived += [c.name for c in measured_columns(table) if c.derived and c.name in others]
+        return derived
+
+    def _names(self) -> dict[str, list[str]]:
+        return {column: list(numbers) for column, numbers in numbers_of(self.manifest).items()}
 
     def _schema(self, table: str) -> pa.Schema:
         return live_schema(table, self.manifest.columns)
@@ -197,14 +200,17 @@ class Run(Frames):
                 # Modules may have been declared after this run was opened.
                 self.manifest = read_manifest(self.path)
             rows = name_columns(rows, numbers_of(self.manifest))
-            return rows if columns is None else rows.select(list(columns))
+            return rows if columns is None else rows.select([name for name in columns if name in schema.names])
         raise DamageError(
             str(self.path), expected=f"the table {table}", got="no file of it", do="restore the folder from a copy"
         )
 
 
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    frame: pd.DataFrame = table.to_pandas(types_mapper=lambda kind: pd.Int64Dtype() if kind == pa.int64() else None)
-    if "step" in frame:
-        frame["step"] = frame["step"].astype("int64")
-    return frame
+def _keep_steps(rows: pa.Table, finished: pa.Array) -> pa.Table:
+    """Leave out rows of steps that are not among `finished`."""
+    steps, column = finished.to_numpy(), rows["step"]
+    if len(steps) and len(rows) and not column.null_count and (np.diff(steps) == 1).all():
+        limits = pa.compute.min_max(column).as_py()
+        if steps[0] <= limits["min"] and limits["max"] <= steps[-1]:
+            return rows  # as nearly always, and without a mask of millions of rows
+    return rows.filter(pa.compute.is_in(column, finished.cast(column.type)))

@@ -15,9 +15,10 @@ from linchain_analysis.errors import DamageError
 from linchain_analysis.measures.cores import Cores, TokenParts
 from linchain_analysis.runs.reader import Run
 
-_PER_FACTOR = ("before", "change", "gradient", "since_start")
+_PER_FACTOR = ("before", "change", "gradient", "start", "since_start")
 _PER_CHAIN = ("scale", "start_scale", "learning_rate", "base_norm")
 _WHOLE = "whole_gradient/"
+_ALWAYS = {"epsilon", "scale", "before/0", "before/1", "change/0", "change/1"}
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,16 @@ def _shapes(packed: bytes, run: Run) -> object:
     """What has to agree for chains to be stacked."""
     try:
         parts = load(packed)
+        size = tuple(int(length) for length in parts["size"])
+        missing = _ALWAYS - set(parts)
     except Exception as error:
-        raise DamageError(
-            str(run.path), expected="snapshots as they were written", got=str(error), do="restore the run from a copy"
-        ) from error
-    size = tuple(int(length) for length in parts["size"])
+        raise _damaged(run, repr(error)) from error
+    if missing:
+        raise _damaged(run, f"one without {', '.join(sorted(missing))}")
     return size, tuple(sorted((n, p.shape) for n, p in parts.items() if not n.startswith(_WHOLE)))
+
+
+def _damaged(run: Run, what: str) -> DamageError:
+    return DamageError(
+        str(run.path), expected="snapshots as they were written", got=what, do="restore the run from a copy"
+    )

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from linchain_analysis.errors import RunError
 from linchain_analysis.runs.columns import to_arrow
+from linchain_analysis.runs.derived import add_derived
 from linchain_analysis.runs.manifest import MANIFEST, Manifest, now, read_manifest, write_manifest
 from linchain_analysis.runs.parquet import name_columns, read_parquet, write_parquet
 from linchain_analysis.runs.schema import LIVE, TABLES, live_schema, parquet_name, stream_name
@@ -42,12 +43,13 @@ class RunWriter:
                 str(self.path), expected="a folder without a run", got=", ".join(taken), do="choose another folder"
             )
         self.manifest = manifest
-        self.bytes_written = 0  # of everything but snapshots
+        self.bytes_written = 0  # of the manifest and all tables but snapshots
         self.snapshot_bytes_written = 0
         self._schemas = {table: live_schema(table, manifest.columns) for table in LIVE}
-        self._numbers = numbers_of(manifest)
+        self.numbers = numbers_of(manifest)
         self._closed = False
-        write_manifest(self.path, manifest)
+        self._manifest_bytes = 0
+        self._write_manifest()
         self._streams = {
             table: StreamWriter(self.path / stream_name(table), schema) for table, schema in self._schemas.items()
         }
@@ -55,8 +57,8 @@ class RunWriter:
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it anew, whole."""
         self.manifest = replace(self.manifest, **changes)
-        self._numbers = numbers_of(self.manifest)
-        write_manifest(self.path, self.manifest)
+        self.numbers = numbers_of(self.manifest)
+        self._write_manifest()
 
     def append(self, table: str, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> int:
         """Append rows to `table` and return how many bytes that took.
@@ -71,7 +73,7 @@ class RunWriter:
             raise RunError(str(self.path), expected="an open run", got="a closed one", do="append before closing")
         if table not in self._schemas:
             raise RunError("append", expected=f"a table among {', '.join(LIVE)}", got=repr(table), do="check the name")
-        arrays = to_arrow(table, self._schemas[table], columns, self._numbers)
+        arrays = to_arrow(table, self._schemas[table], columns, self.numbers)
         written = self._streams[table].append(arrays)
         if table == "snapshots":
             self.snapshot_bytes_written += written
@@ -95,11 +97,22 @@ class RunWriter:
             stream.close()
         tables = {}
         for table in TABLES:
-            rows = read_stream(self.path / stream_name(table), self._schemas[table])
-            tables[table] = write_parquet(self.path / parquet_name(table), name_columns(rows, self._numbers))
+            rows = name_columns(read_stream(self.path / stream_name(table), self._schemas[table]), self.numbers)
+            derived: list[str] = []
+            if table == "modules":
+                rows, derived = add_derived(rows)
+            tables[table] = write_parquet(self.path / parquet_name(table), rows)
+            if derived:
+                tables[table]["derived"] = derived
         self.update_manifest(status=status, message=message, ended=now(), tables=tables)
         for table in TABLES:
             (self.path / stream_name(table)).unlink(missing_ok=True)
+
+    def _write_manifest(self) -> None:
+        write_manifest(self.path, self.manifest)
+        size = (self.path / MANIFEST).stat().st_size
+        self.bytes_written += size - self._manifest_bytes
+        self._manifest_bytes = size
 
 
 def append_evals(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.measures.registry import BUILT_IN, NOISE_COLUMNS, Measure, all_measures, find_measure
+from linchain_analysis.measures.registry import (
+    BUILT_IN,
+    NOISE_COLUMNS,
+    Measure,
+    all_measures,
+    find_measure,
+    measure_columns,
+)
 
 SAMPLE_EVERY = 50
 PRESETS = ("light", "standard", "full")
@@ -147,6 +154,7 @@ def _find(name: str | Callable[..., object]) -> Measure:
         return find_measure(name)
     except InputError as error:
         known = sorted({*_NAMES, *all_measures()})
-        close = difflib.get_close_matches(str(name), known, n=1)
+        columns = [*(column for group in BUILT_IN.values() for column in group), *(c.name for c in measure_columns())]
+        close = difflib.get_close_matches(str(name), [*known, *columns], n=1)
         do = f"did you mean {close[0]!r}?" if close else error.do
         raise InputError("measures", expected=f"names among {', '.join(known)}", got=repr(name), do=do) from None

@@ -21,7 +21,7 @@ from linchain_analysis.tracking.gradients import norm_of_gradients
 from linchain_analysis.tracking.interception import scale_left_in
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.noise import NoiseScale
-from linchain_analysis.tracking.rows import factor_rows, module_rows
+from linchain_analysis.tracking.rows import RowMaker
 from linchain_analysis.tracking.schedule import Schedule
 
 P = ParamSpec("P")
@@ -42,6 +42,7 @@ def _guarded(method: Callable[P, None]) -> Callable[P, None]:
             method(*args, **kwargs)
         except Exception as error:
             self.failed = True
+            self._reader.tokens.disarm()  # nobody will take its hooks away later
             self._fail(error)  # raises it again where the user asked for that
         finally:
             self._own_seconds += time.perf_counter() - self._entered
@@ -89,6 +90,7 @@ class Recorder:
         self._measuring = measuring
         self._wanted = measuring.wanted
         self._reader = ChainReader(chains, self._wanted)
+        self._rows = RowMaker(chains, writer.numbers["factor"])
         self._schedule = schedule
         self._deferred = deferred
         self._fail = fail
@@ -220,7 +222,7 @@ class Recorder:
             self._read_gradients(scale)
         self._learning_rate = self.optimizer.param_groups[0].get("lr")
         if self._wanted.squares:
-            self._rates = _learning_rates(self.optimizer)
+            self._rates = _learning_rates(self.optimizer, self._rates)
         if self._recording:
             self._reader.read_before()
 
@@ -288,8 +290,8 @@ class Recorder:
         now = time.perf_counter()
         if reading is not None and self._chains:
             measured = self._measuring.rows(self.num_steps, reading)
-            self._pending["modules"] = module_rows(self.num_steps, self._chains, reading) | measured["modules"]
-            self._pending["factors"] = factor_rows(self.num_steps, self._chains, reading) | measured["factors"]
+            self._pending["modules"] = self._rows.module_rows(self.num_steps, reading) | measured["modules"]
+            self._pending["factors"] = self._rows.factor_rows(self.num_steps, reading) | measured["factors"]
             self._pending["links"] = measured["links"]
             self._pending["snapshots"] = self._measuring.snapshot(self.num_steps, reading) or {}
             self._reader.tokens.forget()
@@ -347,11 +349,16 @@ def _optimized_rows(optimizer: Optimizer, chains: Sequence[Chain]) -> tuple[NDAr
     return np.array(rows, dtype=bool), ids
 
 
-def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """Learning rate by the identity of the parameter."""
-    return {
-        id(parameter): float(group.get("lr", _NAN)) for group in optimizer.param_groups for parameter in group["params"]
-    }
+def _learning_rates(optimizer: Optimizer, last: dict[int, float]) -> dict[int, float]:
+    """Learning rate by the identity of the parameter: where a schedule has it at 0, the one before or the group's own.
+
+    What is asked of them is their ratio between factors, which a warm-up from 0 does not change.
+    """
+    rates = {}
+    for group in optimizer.param_groups:
+        rate = float(group.get("lr", _NAN)) or float(group.get("initial_lr", 0.0))
+        rates.update({id(parameter): rate or last.get(id(parameter), 0.0) for parameter in group["params"]})
+    return rates
 
 
 def _loss_scale(scaler: Any) -> float:

@@ -29,27 +29,42 @@ def module_records(chains: Sequence[Chain]) -> tuple[ModuleRecord, ...]:
     )
 
 
-def module_rows(step: int, chains: Sequence[Chain], reading: Reading) -> dict[str, Any]:
-    """Return the columns of one step of `modules`; norms by themselves only where no spectrum says them."""
-    norms = {}
-    if all(spectrum is None for spectrum in reading.delta_spectrum):
-        norms = {"delta_norm": reading.delta_norm, "delta_update_norm": reading.delta_update_norm}
-    return {
-        "step": np.full(len(chains), step),
-        "module": [chain.module for chain in chains],
-        "spectrum": reading.delta_spectrum,
-        "delta_update_spectrum": reading.delta_update_spectrum,
-        "descent_cosine": reading.descent_cosine,
-        **norms,
-    }
+class RowMaker:
+    """Makes the rows of each step of the same chains.
 
+    Args:
+        chains: The chains in the order of the manifest's module table.
+        factor_numbers: The number of each name of a factor (`RunWriter.numbers`).
+    """
 
-def factor_rows(step: int, chains: Sequence[Chain], reading: Reading) -> dict[str, Any]:
-    """Return the columns of one step of `factors`."""
-    modules = [chain.module for chain in chains for _ in chain.factors]
-    return {
-        "step": np.full(len(modules), step),
-        "module": modules,
-        "factor": [factor.name for chain in chains for factor in chain.factors],
-        **reading.factors,
-    }
+    def __init__(self, chains: Sequence[Chain], factor_numbers: dict[str, int]) -> None:
+        self._num_modules = len(chains)
+        lengths = [len(chain.factors) for chain in chains]
+        # Names are stored as numbers; looking 200 of them up in every step would cost more than writing them.
+        self._modules = np.arange(len(chains), dtype=np.int32)
+        self._modules_of_factors = np.repeat(self._modules, lengths)
+        names = [factor.name for chain in chains for factor in chain.factors]
+        self._factors = np.array([factor_numbers[name] for name in names], dtype=np.int32)
+
+    def module_rows(self, step: int, reading: Reading) -> dict[str, Any]:
+        """Return the columns of one step of `modules`; norms by themselves only where no spectrum says them."""
+        norms = {}
+        if all(spectrum is None for spectrum in reading.delta_spectrum):
+            norms = {"delta_norm": reading.delta_norm, "delta_update_norm": reading.delta_update_norm}
+        return {
+            "step": np.full(self._num_modules, step, dtype=np.int32),
+            "module": self._modules,
+            "spectrum": reading.delta_spectrum,
+            "delta_update_spectrum": reading.delta_update_spectrum,
+            "descent_cosine": reading.descent_cosine,
+            **norms,
+        }
+
+    def factor_rows(self, step: int, reading: Reading) -> dict[str, Any]:
+        """Return the columns of one step of `factors`."""
+        return {
+            "step": np.full(len(self._factors), step, dtype=np.int32),
+            "module": self._modules_of_factors,
+            "factor": self._factors,
+            **reading.factors,
+        }

@@ -11,6 +11,9 @@ from linchain_analysis.errors import InputError
 Every = int | str | Callable[[int], bool]
 LOG_BUDGET_BYTES = 200_000_000
 _LONGEST_RUN = 10_000_000  # steps that a run of unknown length is prepared for
+# Share of a budget for what is written when nobody asks any more: the rows of `steps` after the last step that was
+# recorded whole, the end of the manifest, footers.
+_KEPT_BACK = 0.01
 _DENSE_STEPS = 100  # the start of a run, where most happens, is always recorded whole
 
 
@@ -50,23 +53,27 @@ class Budget:
     """
 
     def __init__(self, budget_bytes: int = LOG_BUDGET_BYTES, num_steps: int | None = None) -> None:
-        self._budget = budget_bytes
+        self._budget = (1 - _KEPT_BACK) * budget_bytes
         self._num_steps = num_steps
         self._num_recorded = 0
         self._next = 1
 
     def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
-        if step < self._next or bytes_written >= self._budget:
+        if step < self._next or bytes_written + self._bytes_per_record(bytes_written) > self._budget:
             return False
         self._next = step + self._stride(step, bytes_written)
         self._num_recorded += 1
         return True
 
+    def _bytes_per_record(self, bytes_written: int) -> float:
+        """What a recorded step took so far with all that came until the next one; 0 before the first."""
+        return bytes_written / self._num_recorded if self._num_recorded else 0.0
+
     def _stride(self, step: int, bytes_written: int) -> int:
         if step <= _DENSE_STEPS:
             return 1
-        bytes_per_record = bytes_written / max(self._num_recorded, 1)
-        records_left = max((self._budget - bytes_written) / max(bytes_per_record, 1.0), 1.0)
+        bytes_per_record = max(self._bytes_per_record(bytes_written), 1.0)
+        records_left = max((self._budget - bytes_written) / bytes_per_record, 1.0)
         if self._num_steps is not None and step <= self._num_steps:
             return math.ceil((self._num_steps - step + 1) / records_left)
         if bytes_written < self._budget / 2:

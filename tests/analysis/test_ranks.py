@@ -1,18 +1,18 @@
 import numpy as np
-import pandas as pd
 import pytest
 from synthetic_runs import FrameRuns, rows
 
-from linchain_analysis.analysis.ranks import measure_ranks, stack_spectra
+from linchain_analysis.analysis.ranks import measure_ranks, measure_spectra
 
 
 def test_spectra_of_different_lengths_are_padded_with_zeros() -> None:
-    found = stack_spectra(pd.Series([[3.0, 2.0, 1.0], [4.0], []]))
-    np.testing.assert_array_equal(found, [[3, 2, 1], [4, 0, 0], [0, 0, 0]])
+    found = measure_spectra([[2.0, 2.0, 2.0], np.array([4.0], dtype=np.float32), [], [0.0, 0.0], [np.nan, 1.0]])
+    np.testing.assert_allclose(found["effective_rank"], [3, 1, np.nan, np.nan, np.nan], rtol=1e-12)
+    np.testing.assert_array_equal(found["moved"], [1, 1, 0, 0, 1])
 
 
 def test_no_spectra_give_no_rows() -> None:
-    assert stack_spectra(pd.Series([], dtype=object)).shape == (0, 1)
+    assert measure_spectra([])["stable_rank"].shape == (0,)
     assert measure_ranks(FrameRuns()).empty
     light = FrameRuns(modules=rows("lora-16", 0, {"step": [1], "module": ["p"], "spectrum": [None]}))
     assert measure_ranks(light).empty

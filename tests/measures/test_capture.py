@@ -151,7 +151,7 @@ def test_inputs_that_delta_does_not_touch_or_that_nobody_saw() -> None:
     np.testing.assert_array_equal(np.isnan(values["data_weighted_effective_rank"]), [False, True, True])
     empty = replace(cores, tokens=replace(cores.tokens, num_tokens=np.zeros(3)))
     assert np.isnan(measure_data_weighted(empty)["data_weighted_spectrum"]).all()
-    moved = replace(cores, since_start=cores.change)
+    moved = replace(cores, start=cores.before, since_start=cores.change)
     for value in measure_data_weighted(moved).values():
         assert np.isnan(value).all()
 

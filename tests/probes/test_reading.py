@@ -58,12 +58,12 @@ def train_and_read(
     return chains, reading, start, before, dense_deltas(model)
 
 
-def assert_same_spectrum(measured: np.ndarray, dense: np.ndarray) -> None:
+def assert_same_spectrum(measured: np.ndarray, dense: np.ndarray, tolerance: float = 1e-9) -> None:
     expected = np.linalg.svd(dense, compute_uv=False)
     length = len(measured)
     # Factors are float32 numbers but all arithmetic is float64: 1e-9 is far below the 2e-5 that float32 would need.
-    np.testing.assert_allclose(measured, expected[:length], rtol=0, atol=1e-9 * expected[0])
-    assert expected[length:].max(initial=0.0) <= 1e-9 * expected[0]
+    np.testing.assert_allclose(measured, expected[:length], rtol=0, atol=tolerance * expected[0])
+    assert expected[length:].max(initial=0.0) <= tolerance * expected[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,7 +86,9 @@ def test_delta_is_the_change_since_the_start_where_the_first_product_is_not_zero
     _, reading, start, _, after = train_and_read(model, "llama")
     assert max(np.abs(delta).max() for delta in start.values()) > 0
     for i, (name, delta) in enumerate(after.items()):
-        assert_same_spectrum(reading.delta_spectrum[i], delta - start[name])
+        # The first steps of Adam leave changes whose columns all but agree, as 1 : 1e-8: what a Gram matrix in float64
+        # resolves is √ε = 1.5e-8 of the largest.
+        assert_same_spectrum(reading.delta_spectrum[i], delta - start[name], 1.5e-8)
 
 
 def test_a_small_step_keeps_its_digits() -> None:

@@ -1,6 +1,7 @@
-"""Make the runs in `data/schema-1`: run once when a schema version is released, then keep what it made for ever.
+"""Make the runs in `data/schema-N`: run once when a schema version is released, then keep what it made for ever.
 
-The values are simple functions of step and place, so that a test can know them without this script.
+The values are simple functions of step and place, so that a test can know them without this script. What is here is
+what the newest version holds; `schema-1` was made when there were no columns of measures, links and snapshots.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter
+from linchain_analysis.measures.cores import Cores
+from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter, pack_chain
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
 FACTORS = (("A", (6, 2)), ("W1", (2, 2)), ("B", (2, 4)))
+LINKS = ("A-W1", "W1-B")
 MODULES = tuple(
     ModuleRecord(name, name.rpartition(".")[2], layer, "default", 6, 4, 2.0, FACTORS, refused="DoRA" if layer else None)
     for layer, name in enumerate(NAMES)
@@ -29,11 +32,27 @@ MANIFEST = Manifest(
     packages={"linchain-analysis": "0.1.0"},
     hardware={},
     started="2026-01-01T00:00:00+00:00",
+    measures=("orders", "balance"),
+    columns={"modules": (("first_order_share", "float"), ("order_ratios", "values"))},
 )
+SNAPSHOT_STEP = 2
+
+
+def snapshot_cores() -> Cores:
+    """One chain whose factors hold 0, 1, 2, …, in the small coordinates of `FACTORS`; its changes are halves of it."""
+    before = tuple(np.arange(1.0 * rows * width).reshape(1, rows, width) for rows, width in ((4, 2), (2, 2), (2, 4)))
+    return Cores(
+        scale=np.array([2.0]),
+        before=before,
+        change=tuple(factor / 2 for factor in before),
+        gradient=(np.full((1, 4, 2), np.nan), -before[1], -before[2]),
+        size=(6, 4),
+        learning_rate=np.array([[0.01, 0.01, 0.02]]),
+    )
 
 
 def write_step(writer: RunWriter, step: int) -> None:
-    """Append what one step records: sigma = (3, 4)·step / (4, 3) of q_proj, up_proj is refused."""
+    """Append what one step records: sigma = (4, 3)·step of q_proj, up_proj is refused."""
     writer.append(
         "modules",
         {
@@ -42,6 +61,8 @@ def write_step(writer: RunWriter, step: int) -> None:
             "spectrum": [np.array([4.0, 3.0]) * step, None],
             "delta_update_spectrum": [np.array([1.0, 1.0, 0.0]), None],
             "descent_cosine": [0.5, -0.25],
+            "first_order_share": [1 - step / 8, np.nan],
+            "order_ratios": [np.array([1.0, step / 4, 0.125]), None],
         },
     )
     rows = [(module, factor) for module in NAMES for factor, _ in FACTORS]
@@ -54,6 +75,19 @@ def write_step(writer: RunWriter, step: int) -> None:
             "grad_norm": [step + place / 8 for place in range(len(rows))],
         },
     )
+    writer.append(
+        "links",
+        {
+            "step": [step] * len(LINKS),
+            "module": [NAMES[0]] * len(LINKS),
+            "link": list(LINKS),
+            "balance_drift": [step / 16, step / 32],
+        },
+    )
+    if step == SNAPSHOT_STEP:
+        whole = {"W1": np.array([[0.0, 1.0], [np.nan, 3.0]], dtype=np.float32)}
+        tensors = [pack_chain(snapshot_cores(), 0, whole)]
+        writer.append("snapshots", {"step": [step], "module": [NAMES[0]], "tensors": tensors})
     writer.append("steps", {"step": [step], "loss": [1 / step], "learning_rate": [0.01], "skipped": [False]})
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import small_runs
 from safetensors.numpy import load_file
 
+from linchain_analysis.benchmarks import reading
 from linchain_analysis.errors import DamageError, InputError, RunError
-from linchain_analysis.runs import SCHEMA_VERSION, RunWriter, append_evals, find_runs, load_run, load_runs
+from linchain_analysis.runs import SCHEMA_VERSION, Manifest, RunWriter, append_evals, find_runs, load_run, load_runs
+from linchain_analysis.runs import writer as writing
 from linchain_analysis.vocabulary import columns_of
 
 FRAMES = ("steps", "modules", "factors", "links", "evals")
@@ -57,8 +61,95 @@ def test_live_and_complete_frames_are_the_same(tmp_path: Path) -> None:
     small_runs.write_run(tmp_path / "complete")
     live, complete = load_run(tmp_path / "live"), load_run(tmp_path / "complete")
     for table in FRAMES:
-        pd.testing.assert_frame_equal(getattr(live, table), getattr(complete, table), check_categorical=False)
+        pd.testing.assert_frame_equal(getattr(live, table), getattr(complete, table), check_exact=True)
     assert not list((tmp_path / "complete").glob("*.arrows"))
+
+
+def write_odd_spectra(path: Path) -> RunWriter:
+    """Spectra of no length, of zeros, of NaN, too large to square in float32, none with and without norms."""
+    spectra = [[3.0, 1.0], [], [0.0, 0.0], [np.nan, np.nan], [1e38, 1e38], None, None]
+    length = len(spectra)
+    writer = RunWriter(path, small_runs.manifest())
+    for step in (1, 2):
+        writer.append(
+            "modules",
+            {
+                "step": [step] * length,
+                "module": [small_runs.NAMES[0]] * length,
+                "spectrum": spectra,
+                "delta_update_spectrum": spectra[::-1],
+                "delta_norm": [np.nan] * 5 + [0.1, np.nan],
+            },
+        )
+        writer.append("steps", {"step": [step]})
+    return writer
+
+
+def test_derived_columns_are_the_same_before_and_after_completion(tmp_path: Path) -> None:
+    writer = write_odd_spectra(tmp_path / "run")
+    live = load_run(tmp_path / "run")
+    before = {"all": live.modules, "some": live.read("modules", ["delta_norm", "step", "participation_ratio"])}
+    writer.close()
+    complete = load_run(tmp_path / "run")
+    pd.testing.assert_frame_equal(before["all"], complete.modules, check_exact=True)
+    some = complete.read("modules", ["delta_norm", "step", "participation_ratio"])
+    pd.testing.assert_frame_equal(before["some"], some, check_exact=True)
+    first = complete.modules.iloc[:7]
+    tenth = float(np.float32(0.1))  # as it was stored
+    np.testing.assert_allclose(first["delta_norm"], [10**0.5, 0, 0, np.nan, 2**0.5 * 1e38, tenth, np.nan], rtol=1e-7)
+    np.testing.assert_allclose(first["stable_rank"], [10 / 9, np.nan, np.nan, np.nan, 2, np.nan, np.nan], rtol=1e-7)
+
+
+def test_derived_columns_are_stored_when_a_run_is_completed(tmp_path: Path) -> None:
+    write_odd_spectra(tmp_path / "run").close()
+    run = load_run(tmp_path / "run")
+    stored = pq.read_table(tmp_path / "run" / "modules.parquet")
+    derived = [column.name for column in columns_of("modules") if column.derived and column.kind == "float"]
+    assert sorted(run.manifest.tables["modules"]["derived"]) == sorted(derived)
+    for name in derived:
+        np.testing.assert_array_equal(stored[name].to_numpy(), run.modules[name])
+    # Null where nothing was taken; NaN where a spectrum has no rank.
+    assert stored["effective_rank"].is_null().to_pylist() == [False] * 5 + [True] * 2 + [False] * 5 + [True] * 2
+
+
+def test_a_file_without_derived_columns_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_odd_spectra(tmp_path / "new").close()
+    monkeypatch.setattr(writing, "add_derived", lambda rows: (rows, []))
+    write_odd_spectra(tmp_path / "old").close()
+    old, new = load_run(tmp_path / "old"), load_run(tmp_path / "new")
+    assert "derived" not in old.manifest.tables["modules"]
+    pd.testing.assert_frame_equal(old.modules, new.modules, check_exact=True)
+    columns = ["module", "effective_rank", "kind"]
+    pd.testing.assert_frame_equal(old.read("modules", columns), new.read("modules", columns), check_exact=True)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_steps_with_gaps_leave_the_rows_between_out(tmp_path: Path, close: bool) -> None:
+    writer = RunWriter(tmp_path / "run", small_runs.manifest())
+    for step in range(1, 6):
+        small_runs.append_step(writer, step, with_steps_row=step not in (2, 5))
+    if close:
+        writer.close()
+    assert load_run(tmp_path / "run").modules["step"].tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_floats_are_stored_split_and_what_repeats_as_a_dictionary(tmp_path: Path) -> None:
+    num_modules, num_steps = 40, 60
+    folder = reading.write_run(tmp_path / "run", num_modules, num_steps)
+    for table in ("modules", "factors"):
+        group = pq.ParquetFile(folder / f"{table}.parquet").metadata.row_group(0)
+        for column in map(group.column, range(group.num_columns)):
+            wanted = "BYTE_STREAM_SPLIT" if column.physical_type == "FLOAT" else "RLE_DICTIONARY"
+            assert wanted in column.encodings, column.path_in_schema
+            assert ("RLE_DICTIONARY" in column.encodings) == (wanted == "RLE_DICTIONARY")
+    size = sum(file.stat().st_size for file in folder.glob("*.parquet"))
+    assert size / (num_modules * num_steps) < 330
+
+
+def test_what_was_written_is_counted(tmp_path: Path) -> None:
+    writer = small_runs.write_run(tmp_path / "run", close=False)
+    writer.update_manifest(extra={"note": "x" * 1000})
+    assert writer.bytes_written == sum(file.stat().st_size for file in (tmp_path / "run").iterdir())
 
 
 def test_rows_of_an_unfinished_step_are_dropped(tmp_path: Path) -> None:
@@ -115,8 +206,30 @@ def test_many_runs_are_one_table(tmp_path: Path) -> None:
         ["b/seed0", "running", 3],
     ]
     assert runs.read("modules", ["effective_rank"]).columns.tolist() == [*labels, "effective_rank"]
+    assert runs.modules["module"].dtype == "category"
     twice = load_runs([tmp_path / "grid" / "a", load_run(tmp_path / "grid" / "a" / "seed0")])
     assert len(twice) == 1
+
+
+def test_runs_of_other_modules_and_labels_are_one_table(tmp_path: Path) -> None:
+    small_runs.write_run(tmp_path / "a", init_seed=0, problem="sums")
+    records = tuple(replace(record, module=f"other.{record.kind}") for record in small_runs.manifest().modules)
+    writer = RunWriter(tmp_path / "b", small_runs.manifest(modules=records, method=None))
+    writer.append("modules", {"step": [1], "module": ["other.up_proj"], "spectrum": [[2.0]]})
+    writer.append("steps", {"step": [1]})
+    RunWriter(tmp_path / "c", Manifest(command=("x",)))  # has nothing yet
+    runs = load_runs(tmp_path)
+    modules = runs.modules
+    assert modules["run"].tolist() == ["a"] * 6 + ["b"]
+    assert modules["module"].tolist() == list(small_runs.NAMES) * 3 + ["other.up_proj"]
+    assert modules["kind"].tolist() == ["q_proj", "up_proj"] * 3 + ["up_proj"]
+    assert modules["layer"].tolist() == [0, 1] * 3 + [1]
+    assert modules["method"].tolist() == ["moslora-2"] * 6 + [np.nan]
+    assert modules["problem"].tolist() == ["sums"] * 6 + [np.nan]
+    assert modules["init_seed"].tolist()[:6] == [0] * 6 and modules["init_seed"].isna().tolist()[6]
+    assert all(modules[name].dtype == "category" for name in ("run", "method", "problem", "module", "kind"))
+    assert modules["effective_rank"].iloc[6] == 1.0
+    assert load_runs(tmp_path / "c").factors.empty
 
 
 def test_evaluations_can_follow_the_end(tmp_path: Path) -> None:

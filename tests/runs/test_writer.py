@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from runs.make_schema_run import MANIFEST, NAMES, write_run, write_step
+from runs.make_schema_run import MANIFEST, NAMES, snapshot_cores, write_run, write_step
 
 from linchain_analysis.errors import RunError
-from linchain_analysis.runs import Manifest, RunWriter, load_run, load_runs
+from linchain_analysis.runs import SCHEMA_VERSION, Manifest, RunWriter, load_run, load_runs, read_snapshots
 from linchain_analysis.runs import writer as writing
 
-TABLES = ("steps", "modules", "factors", "links", "evals")
-DATA = Path(__file__).parent / "data" / "schema-1"
+TABLES = ("steps", "modules", "factors", "links", "evals", "snapshots")
+DATA = Path(__file__).parent / "data"
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("form", ["complete", "killed"])
-def test_schema_1_reads_as_it_was_written(form: str) -> None:
-    run = load_run(DATA / form)
+def test_a_run_of_any_schema_version_reads_as_it_was_written(version: int, form: str) -> None:
+    run = load_run(DATA / f"schema-{version}" / form)
+    assert run.manifest.schema_version == version
     assert run.status == ("complete" if form == "complete" else "running")
     assert (run.method, run.init_seed, run.data_seed) == ("moslora-2", 1, 2)
     assert run.steps["loss"].tolist() == [1.0, 7.0, 1 / 3]  # `log` overrode the second
@@ -38,6 +40,28 @@ def test_schema_1_reads_as_it_was_written(form: str) -> None:
     whole = 3 if form == "complete" else 2  # the kill cut the third step's factors
     assert run.factors["grad_norm"].tolist() == [s + p / 8 for s in range(1, whole + 1) for p in range(6)]
     assert run.evals["value"].tolist() == [0.125]
+    if version < 2:
+        assert run.links.empty and run.read("snapshots").empty
+        return
+    assert run.manifest.measures == ("orders", "balance")
+    assert measured["first_order_share"].tolist() == [0.875, 0.75, 0.625]
+    assert [ratios.tolist() for ratios in measured["order_ratios"]] == [[1.0, s / 4, 0.125] for s in (1, 2, 3)]
+    assert refused["first_order_share"].isna().all() and refused["order_ratios"].isna().all()
+    assert run.links["link"].tolist() == ["A-W1", "W1-B"] * 3
+    assert run.links["balance_drift"].tolist() == [s / d for s in (1, 2, 3) for d in (16, 32)]
+    (snapshot,) = read_snapshots(run)
+    assert (snapshot.step, snapshot.modules) == (2, [NAMES[0]])
+    expected = snapshot_cores()
+    assert (snapshot.cores.size, snapshot.cores.epsilon) == (expected.size, 2.0**-23)
+    assert snapshot.cores.tokens is None and snapshot.cores.since_start is None
+    for name in ("scale", "learning_rate", "before", "change", "gradient"):
+        for found, known in zip(getattr(snapshot.cores, name), getattr(expected, name), strict=True):
+            np.testing.assert_array_equal(found, known)
+    np.testing.assert_array_equal(snapshot.whole_gradients[NAMES[0]]["W1"], [[0.0, 1.0], [np.nan, 3.0]])
+
+
+def test_every_schema_version_is_kept() -> None:
+    assert sorted(path.name for path in DATA.iterdir()) == [f"schema-{n}" for n in range(1, SCHEMA_VERSION + 1)]
 
 
 def test_a_kill_anywhere_in_close_leaves_the_run_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +98,7 @@ def test_a_kill_anywhere_in_close_leaves_the_run_readable(tmp_path: Path, monkey
         shutil.rmtree(tmp_path / "run")
         if not killed:
             break
-    assert kill_at > 12  # six tables, the manifest, six streams
+    assert kill_at > 14  # seven tables, the manifest, seven streams
 
 
 def test_a_full_disk_ends_the_stream_at_its_last_whole_batch(tmp_path: Path) -> None:
@@ -105,7 +129,7 @@ def test_a_full_disk_ends_the_stream_at_its_last_whole_batch(tmp_path: Path) -> 
 
 
 def test_modules_declared_after_opening_are_known_when_read(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run", Manifest(command=("x",)))
+    writer = RunWriter(tmp_path / "run", Manifest(command=("x",), columns=MANIFEST.columns))
     run = load_run(tmp_path / "run")
     writer.update_manifest(modules=MANIFEST.modules)
     write_step(writer, 1)
@@ -126,8 +150,9 @@ def test_faults_say_what_and_where(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="absent"):
         load_run(tmp_path / "absent")
     newer = tmp_path / "newer"
-    RunWriter(newer, Manifest(command=("x",), schema_version=7, packages={"linchain-analysis": "9.1"}))
-    with pytest.raises(RunError, match=r"version 7.*9\.1"):
+    later = SCHEMA_VERSION + 1
+    RunWriter(newer, Manifest(command=("x",), schema_version=later, packages={"linchain-analysis": "9.1"}))
+    with pytest.raises(RunError, match=rf"got version {later}; install the linchain-analysis that wrote it, 9\.1"):
         load_run(newer)
 
 

@@ -30,6 +30,24 @@ def test_a_budget_is_kept_and_spread_over_the_whole_run(known: bool, num_steps: 
     assert num_steps - recorded[-1] <= num_steps / 20  # the end is there, too
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("num_steps", [3_000, 32_000])
+def test_rows_of_steps_that_are_not_recorded_count_too(known: bool, num_steps: int) -> None:
+    """As a run is: a manifest, a row of `steps` for every step, and some bytes at the end."""
+    budget, written = 200_000_000, 80_000
+    schedule = Budget(budget, num_steps if known else None)
+    for step in range(1, num_steps + 1):
+        written += 500 + 72_000 * schedule.wants(step, written)
+    assert written + 10_000 <= budget
+    assert written > 0.5 * budget
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_small_budget_is_kept_from_the_first_step(known: bool) -> None:
+    recorded = simulate(Budget(200_000, 1_000 if known else None), 1_000, 72_000)
+    assert recorded == [1, 2]
+
+
 def test_numbers_functions_and_words() -> None:
     assert [s for s in range(1, 10) if parse_every(3).wants(s, 0)] == [3, 6, 9]
     assert [s for s in range(1, 10) if parse_every("4").wants(s, 0)] == [4, 8]
