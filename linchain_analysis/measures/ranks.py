@@ -15,6 +15,7 @@ from linchain_analysis.measures.spectral import (
     frobenius_norm,
     num_directions,
     spectral_norm,
+    stable_rank,
 )
 
 _ROY = "Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO"
@@ -55,3 +56,14 @@ def nuclear_rank(sigma: NDArray[Any]) -> Array:
     """Return (Σσ)²/Σσ², in 1 … r; NaN for sigma = 0."""
     total, size = delta_nuclear_norm(sigma), frobenius_norm(sigma)
     return np.asarray((total / np.where(size > 0, size, np.nan)) ** 2)
+
+
+# The same of the update of delta, from its own spectrum.
+for _name, _formula, _meaning, _unit in (
+    ("stable_rank", stable_rank, "Σσ²/σ₁² of the update of delta; NaN where it is 0", "directions"),
+    ("participation_ratio", participation_ratio, "(Σσ²)²/Σσ⁴ of the update of delta; NaN where it is 0", "directions"),
+    ("num_directions", num_directions, "leading directions that hold 90 % of Σσ² of the update of delta", "directions"),
+    ("spectral_norm", spectral_norm, "σ₁ of the update of delta; 0 where it is 0", "weight"),
+    ("nuclear_norm", delta_nuclear_norm, "nuclear norm Σσ of the update of delta; 0 where it is 0", "weight"),
+):
+    spectral_measure(_meaning, unit=_unit, name=f"delta_update_{_name}", spectrum="delta_update_spectrum")(_formula)

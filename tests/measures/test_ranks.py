@@ -81,3 +81,11 @@ def test_the_columns_are_named_for_the_functions() -> None:
         (column,) = found.columns
         assert (column.name, column.table, column.derived, column.gauge_dependent) == (name, "modules", True, False)
         assert found.source == "spectrum"
+
+
+def test_ranks_and_norms_of_the_update_are_those_of_its_own_spectrum() -> None:
+    sigma = np.array([[3.0, 4.0, 0.0]])[:, [1, 0, 2]]
+    found = {name: all_measures()[f"delta_update_{name}"] for name in ("stable_rank", "spectral_norm", "nuclear_norm")}
+    assert {one.source for one in found.values()} == {"delta_update_spectrum"}
+    values = {name: float(one.function(sigma)[0]) for name, one in found.items()}
+    assert values == {"stable_rank": 25 / 16, "spectral_norm": 4.0, "nuclear_norm": 7.0}
