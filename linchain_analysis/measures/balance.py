@@ -27,6 +27,7 @@ _DRIFT = next(column for column in columns_of("links") if column.name == "balanc
         gauge_dependent=True,
         source=_ARORA,
     ),
+    needs=["start"],
 )
 def measure_balance(cores: Cores) -> Values:
     """Compare F_iᵀF_i with F_{i+1}F_{i+1}ᵀ for each pair of neighbouring factors, now and when training began."""

@@ -23,7 +23,7 @@ from linchain_analysis.measures.spectral import Array
 from linchain_analysis.vocabulary import Column, Table, columns_of
 
 Level = Literal["light", "standard", "full", "named", "reading"]
-Need = Literal["gradients", "tokens", "base"]
+Need = Literal["gradients", "tokens", "base", "start"]
 Values = Mapping[str, Array]
 
 # What the tracker records by itself, and the columns that come of it; the names can be picked as those of measures can.

@@ -32,7 +32,9 @@ class Measuring:
         chains: The chains of the run.
         sample_every: Measures too dear for every step are taken at the first recorded step, and then at the first one
             at least so many steps later.
-        snapshot_every: The same for snapshots; None for none.
+        snapshot_every: The same for snapshots; None for 50 with a preset that keeps them, and none otherwise.
+        snapshot_budget: Bytes that snapshots may take which nobody asked for by number: half of it is used at the
+            first interval, half of the rest at twice that, and so on, so that a run of any length fits.
         whole_gradients: Whether snapshots keep the gradients of A and B whole.
         strict: Whether a measure that fails raises; otherwise it is left out from then on, with a warning.
     """
@@ -44,6 +46,7 @@ class Measuring:
         *,
         sample_every: int = SAMPLE_EVERY,
         snapshot_every: int | None = None,
+        snapshot_budget: int | None = None,
         whole_gradients: bool = False,
         strict: bool = False,
     ) -> None:
@@ -51,6 +54,8 @@ class Measuring:
         self._strict = strict
         self._failed: set[str] = set()
         self.snapshot_every = SNAPSHOT_EVERY if snapshot_every is None and selection.snapshots else snapshot_every
+        self._snapshot_budget = snapshot_budget if snapshot_every is None else None
+        self._snapshot_bytes, self._num_thinnings = 0, 0
         self.whole_gradients = whole_gradients and self.snapshot_every is not None
         self._chains = list(chains)
         self._sample_every = sample_every
@@ -62,13 +67,12 @@ class Measuring:
     def wanted(self) -> Wanted:
         """What the probes have to read."""
         chosen, snapshots = self.selection, self.snapshot_every is not None
-        names = {measure.name for measure in chosen.measures}
         return Wanted(
             cosines=chosen.cosines,
             spectra=chosen.spectra,
             cores=bool(chosen.measures) or snapshots,
             gradients=chosen.needs("gradients") or snapshots,
-            squares="balance" in names or snapshots or chosen.needs("start"),
+            squares=chosen.needs("start") or snapshots,
             base=chosen.needs("base"),
         )
 
@@ -129,9 +133,8 @@ class Measuring:
 
     def snapshot(self, step: int, reading: Reading) -> dict[str, Any] | None:
         """Return the rows of a snapshot where one is due, or None."""
-        due = self.snapshot_every is not None and (
-            self._last_snapshot is None or step - self._last_snapshot >= self.snapshot_every
-        )
+        interval = None if self.snapshot_every is None else self.snapshot_every * 2**self._num_thinnings
+        due = interval is not None and (self._last_snapshot is None or step - self._last_snapshot >= interval)
         if not due or not reading.cores:
             return None
         self._last_snapshot = step
@@ -141,11 +144,25 @@ class Measuring:
                 whole = reading.whole_gradients(int(member)) if self.whole_gradients else None
                 packed.append((int(member), pack_chain(cores, j, whole)))
         packed.sort()
+        if not self._fits(sum(len(data) for _, data in packed)):
+            return None
         return {
             "step": np.full(len(packed), step),
             "module": [self._chains[member].module for member, _ in packed],
             "tensors": [data for _, data in packed],
         }
+
+    def _fits(self, size: int) -> bool:
+        """Count `size` bytes of a snapshot against the budget, and tell whether they fit."""
+        budget = self._snapshot_budget
+        if budget is None:
+            return True
+        if self._snapshot_bytes + size > budget:
+            return False
+        self._snapshot_bytes += size
+        if self._snapshot_bytes > budget * (1 - 0.5 ** (self._num_thinnings + 1)):
+            self._num_thinnings += 1
+        return True
 
     def _take(
         self, measure: Measure, reading: Reading, tables: dict[str, dict[str, Any]], counts: Mapping[str, list[int]]

@@ -49,7 +49,7 @@ class Tracker:
         sample_every: Measures too dear for every step are taken at the first recorded step, and then at the first one
             at least so many steps later.
         snapshot_every: The same for snapshots of the small cores, from which measures can be computed afterwards; by
-            default 50 for `full` and none otherwise.
+            default 50 for `full`, thinned to stay under half of `log_budget_bytes`, and none otherwise.
         gradients: `cores`, or `full` to keep the gradients of A and B whole in snapshots.
         extra: Anything else for the manifest, JSON-able.
         num_steps: Length of the run where it is known, for `every="auto"`.
@@ -96,7 +96,9 @@ class Tracker:
         self._closed = False
         self._num_steps = 0
         self._process = os.getpid()
-        chosen, schedule = select(preset, measures), parse_every(every, num_steps, log_budget_bytes)
+        chosen = select(preset, measures)
+        shared = chosen.snapshots and snapshot_every is None  # then snapshots take half of the budget
+        schedule = parse_every(every, num_steps, log_budget_bytes // 2 if shared else log_budget_bytes)
         check_intervals(sample_every, snapshot_every, gradients)
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
@@ -110,6 +112,7 @@ class Tracker:
                 chains,
                 sample_every=sample_every,
                 snapshot_every=snapshot_every,
+                snapshot_budget=log_budget_bytes // 2,
                 whole_gradients=gradients == "full",
                 strict=strict,
             )

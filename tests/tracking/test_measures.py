@@ -34,6 +34,8 @@ from linchain_analysis.measures.noise import gradient_noise
 from linchain_analysis.measures.registry import all_measures, measure
 from linchain_analysis.probes import Chain, find_chains
 from linchain_analysis.runs import Run, read_snapshots
+from linchain_analysis.tracking.measuring import Measuring
+from linchain_analysis.tracking.presets import select
 from linchain_analysis.vocabulary import Column
 
 Array = NDArray[np.float64]
@@ -1042,3 +1044,12 @@ def test_under_autocast_tokens_are_those_of_the_forward_pass(tmp_path: Path) -> 
         # Against the float32 twin: what autocast itself changes, 2^-8 and more.
         assert recorded["full_grad_norm"] == pytest.approx(np.linalg.norm(of_layer.gradient), rel=3e-2)
         assert recorded["gradient_capture"] == pytest.approx(captured(of_layer), rel=3e-2)
+
+
+def test_snapshots_that_nobody_counted_thin_out_under_their_budget() -> None:
+    measuring = Measuring(select("full"), [], snapshot_budget=1000)
+    fits = [measuring._fits(100) for _ in range(20)]
+    assert fits == [True] * 10 + [False] * 10
+    assert measuring._num_thinnings >= 3
+    asked = Measuring(select("full"), [], snapshot_every=5, snapshot_budget=10)
+    assert all(asked._fits(100) for _ in range(20))
