@@ -19,7 +19,7 @@ def make_table(rows: list[dict]) -> str:
     for row in rows:
         if row["target"] is None:
             continue
-        unit = UNITS.get(row["unit"], f" {row['unit']}")
+        unit = "" if row["name"].endswith("/slope") else UNITS.get(row["unit"], f" {row['unit']}")
         low, high = tell(row["ratio_q25"]), tell(row["ratio_q75"])
         quartiles = "" if low == high else f"{low} … {high}"
         met = "yes" if row["met"] else "**missed**"
@@ -31,8 +31,8 @@ def make_table(rows: list[dict]) -> str:
 
 
 def tell(value: float) -> str:
-    """Three digits, whole numbers as they are."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """Four digits, so that what just misses its target looks different from it; whole numbers as they are."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def main() -> None:
