@@ -37,13 +37,17 @@ def parse(
     is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module.")] = False,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/SCRIPT-TIME if it is not given.")] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="light (norms), standard (spectra and cosines), or full (every measure, snapshots)."),
-    ] = "standard",
+        str | None,
+        typer.Option(
+            help="light (norms), standard (and spectra, cosines; the default) or full (every measure, snapshots)."
+        ),
+    ] = None,
     every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
     measures: Annotated[
         str | None,
-        typer.Option(help="In place of a preset: names, separated by commas (linchain_analysis.audit --list)."),
+        typer.Option(
+            help="Names, separated by commas, in place of a preset or beside it; linchain_analysis.audit --list."
+        ),
     ] = None,
     sample_every: Annotated[int, typer.Option(help="Steps between two samples of the dear measures.")] = SAMPLE_EVERY,
     snapshot_every: Annotated[
@@ -66,7 +70,7 @@ def main() -> None:
             raise
     request = _REQUESTS.pop()
     try:
-        check(request.target, is_module=request.is_module, recording=request.recording)
+        check(request.target, is_module=request.is_module, out=request.out, recording=request.recording)
     except LinchainError as error:
         print(f"linchain_analysis: {error}", file=sys.stderr)
         sys.exit(2)

@@ -41,6 +41,8 @@ class ChainLinear(Linear):  # type: ignore[misc]
         if base.dtype != hidden.dtype:
             # The dtypes promote as in LoRA: the sum is formed in the wider one and rounded once.
             return (base + F.linear(hidden, last)).to(base.dtype)
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return base + F.linear(hidden, last)  # a compiler fuses this, and rows counted now would be rows for ever
         return torch.addmm(as_rows(base), as_rows(hidden), last.t()).view(base.shape)
 
     def _fold(self, adapter: str) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """How much of the gradient of the full weight a chain can follow.
 
 With G = ∂L/∂W (d_in, d_out) of one backward pass, T the space of first-order changes of the chain
-{Σ L_i D_i R_i} and Π_T the orthogonal projection on it: with U an orthonormal basis of the columns of L_{m-1} and V one
-of the rows of R_0, Π_T G = UUᵀG + GVVᵀ − UUᵀGVVᵀ. (Where W1 … Wn has less rank than its narrowest width, the inner
-factors reach further than that: then this is a lower bound.)
+{Σ L_i D_i R_i}, the sum over the factors that train, and Π_T the orthogonal projection on it. Where all train and have
+full rank, with U an orthonormal basis of the columns of L_{m-1} and V one of the rows of R_0,
+Π_T G = UUᵀG + GVVᵀ − UUᵀGVVᵀ.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from linchain_analysis.measures.spectral import Array
 
@@ -67,6 +68,7 @@ class Cores:
             (k, w_i, w_i); empty where no measure asked for them.
         learning_rate: (k, m), of each factor's parameter group; NaN where it is in none.
         size: d_in and d_out.
+        trained: (k, m), which factors train; None where all do.
         epsilon: Machine epsilon of the dtype that the factors are stored in.
         base_norm: (k,), ‖W_0‖ of the frozen weight; NaN where it was not asked for or cannot be read.
         ends: R of A and of Bᵀ after the step alone, (k, w_0, w_0) and (k, w_n, w_n), where they are at hand.
@@ -83,6 +85,7 @@ class Cores:
     start_scale: Array | None = None
     start_squares: tuple[tuple[Array, Array], ...] = ()
     learning_rate: Array | None = None
+    trained: NDArray[np.bool_] | None = None
     epsilon: float = float(np.finfo(np.float32).eps)
     base_norm: Array | None = None
     ends: tuple[Array, Array] | None = None

@@ -19,7 +19,8 @@ _MOMENT = "during the last forward pass before a sampled step"
         "spectrum",
         "weight · input",
         "singular values of X ΔW/√tokens, descending, X the layer's inputs in one forward pass, delta as that pass had "
-        "it; NaN where the layer's tokens are not seen or delta is measured from factors whose product was not zero",
+        "it (with the scale of the step); NaN where the layer's tokens are not seen or delta is measured from factors "
+        "whose product was not zero",
         _MOMENT,
     ),
     Column(

@@ -1,13 +1,16 @@
 """The effective preconditioner: what a chain makes of the gradient of the full weight.
 
 Gradient descent on the factors moves delta, to first order, by −lr · scale² · P(G) with G = ∂L/∂ΔW and
-P(G) = Σ L_i L_iᵀ G R_iᵀ R_i (Arora, Cohen & Hazan 2018, arXiv 1802.06509). P is linear, symmetric and positive
-semidefinite on matrices (d_in, d_out).
+P(G) = Σ L_i L_iᵀ G R_iᵀ R_i, the sum over the factors that train (Arora, Cohen & Hazan 2018, arXiv 1802.06509).
+P is linear, symmetric and positive semidefinite on matrices (d_in, d_out).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from linchain_analysis.measures.cores import Cores, cosine, first_order_terms, norm, prefixes, suffixes
 from linchain_analysis.measures.registry import Values, measure
@@ -48,7 +51,12 @@ def measure_preconditioned_step(cores: Cores) -> Values:
     unknown = np.full(len(cores), np.nan)
     if cores.gradient is None:
         return {"preconditioned_cosine": unknown, "preconditioned_share": unknown}
-    gradients = [np.where(np.isnan(g).all(axis=(1, 2), keepdims=True), 0.0, g) for g in cores.gradient]
+    gradients = []
+    for i, gradient in enumerate(cores.gradient):
+        absent = np.isnan(gradient).all(axis=(1, 2))
+        if cores.trained is not None:
+            absent |= ~cores.trained[:, i]
+        gradients.append(np.where(absent[:, None, None], 0.0, gradient))
     direction = cores.scale[:, None, None] * sum(first_order_terms(cores.before, gradients), np.zeros(()))
     angle = -cosine(cores.update, direction)
     return {"preconditioned_cosine": angle, "preconditioned_share": angle**2}
@@ -108,14 +116,17 @@ def measure_preconditioner(cores: Cores) -> Values:
         if all(np.isfinite(factor).all() for factor in factors):
             # P has degree 2 (m - 1) in the factors; brought to size 1 they neither overflow nor vanish on the way.
             unit = _typical_size(factors)
-            values, counts = preconditioner_spectrum([factor / unit for factor in factors], cores.size)
+            trained = None if cores.trained is None else cores.trained[j]
+            values, counts = preconditioner_spectrum([factor / unit for factor in factors], cores.size, trained)
             found[j] = _summarise(values, counts)
             found[j, 0] *= np.float64(unit) ** (2 * (len(factors) - 1))
     found[np.isinf(found)] = np.nan
     return {f"preconditioner_{name}": found[:, i] for i, name in enumerate(names)}
 
 
-def preconditioner_spectrum(factors: list[Array], size: tuple[int, int]) -> tuple[Array, Array]:
+def preconditioner_spectrum(
+    factors: list[Array], size: tuple[int, int], trained: Sequence[bool] | NDArray[np.bool_] | None = None
+) -> tuple[Array, Array]:
     """Return the eigenvalues of P that are not zero by construction, and how often each occurs.
 
     In bases of the column space of A and the row space of B, P falls into blocks: on their product Σ L_iL_iᵀ ⊗ R_iᵀR_i;
@@ -125,6 +136,7 @@ def preconditioner_spectrum(factors: list[Array], size: tuple[int, int]) -> tupl
     Args:
         factors: A~ (p, w_0), W_i, B~ (w_n, q) of one chain in small coordinates (or in full ones).
         size: d_in and d_out of the full chain.
+        trained: Which factors train, all by default: the others have no term in P.
 
     Returns:
         Eigenvalues, unordered, and their multiplicities, both NaN where the block is too large to decompose
@@ -140,6 +152,9 @@ def preconditioner_spectrum(factors: list[Array], size: tuple[int, int]) -> tupl
     unknown = np.full(1, np.nan), np.full(1, np.nan)
     left_squares = [left @ left.T for left in lefts]
     right_squares = [right.T @ right for right in rights]
+    for i, trains in enumerate([True] * len(factors) if trained is None else trained):
+        if not trains:
+            left_squares[i], right_squares[i] = 0.0 * left_squares[i], 0.0 * right_squares[i]
     if not all(np.isfinite(square).all() for square in (*left_squares, *right_squares)):
         return unknown
     if len(factors) == 2:  # I ⊗ BᵀB + AAᵀ ⊗ I: sums of the eigenvalues of both

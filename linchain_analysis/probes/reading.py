@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from linchain_analysis.measures.cores import Cores, norm
 from linchain_analysis.measures.spectral import Array, frobenius_norm, spectrum
@@ -99,11 +99,18 @@ class ChainReader:
     Args:
         chains: What to read.
         wanted: What of it.
+        is_trained: Whether a parameter trains; by default, whether it requires a gradient.
     """
 
-    def __init__(self, chains: Sequence[Chain], wanted: Wanted | None = None) -> None:
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        wanted: Wanted | None = None,
+        is_trained: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+    ) -> None:
         self.chains = list(chains)
-        self.tokens = TokenProbe(self.chains)
+        self.tokens = TokenProbe(self.chains, is_trained)
+        self._is_trained = is_trained
         self._wanted = wanted or Wanted()
         self._copy = HostCopy()
         self._stacks: list[FactorStack] = []
@@ -265,6 +272,9 @@ class ChainReader:
             known["start_squares"] = self._start_squares[g] if self._start_squares else ()
             known["base_norm"] = self._base_norms[group.members]
             known["tokens"] = self.tokens.parts(group.members)
+            known["trained"] = np.array(
+                [[self._is_trained(factor.parameter) for factor in chain.factors] for chain in group.chains]
+            )
             known["learning_rate"] = np.array(
                 [[rates.get(id(factor.parameter), _NAN) for factor in chain.factors] for chain in group.chains]
             )

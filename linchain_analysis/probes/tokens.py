@@ -1,8 +1,8 @@
 """Look at the inputs and output gradients of adapted layers in one backward pass, without keeping them.
 
 Legend: X (t, d_in) the layer's inputs and D (t, d_out) the gradient of the loss with respect to its outputs, over t
-tokens; G = XᵀD the gradient of the full weight, which is never kept; A (d_in, w_0), W_i, B (w_n, d_out) the factors;
-L = A W1 … Wn and R = W1 … Wn B.
+tokens; G = XᵀD the gradient of the full weight, which is never kept; F_0 = A (d_in, w_0), F_i = W_i, F_{m-1} = B
+(w_n, d_out) the factors; L_i = F_0 … F_{i-1} and R_i = F_{i+1} … F_{m-1}.
 
 Hooks are on the layers for the steps that are looked at, and at no other time. Products with tokens are in float32 (in
 float64 for float64 models), sums of their squares in float64.
@@ -35,10 +35,16 @@ class TokenProbe:
 
     Args:
         chains: Whose layers are looked at; those that are not linear maps of their inputs are left out.
+        is_trained: Whether a parameter trains.
+
+    Attributes:
+        fault: The first exception in here, after which nothing is looked at any more.
     """
 
-    def __init__(self, chains: Sequence[Chain]) -> None:
+    def __init__(self, chains: Sequence[Chain], is_trained: Callable[[nn.Parameter], bool]) -> None:
         self._chains = list(chains)
+        self._is_trained = is_trained
+        self.fault: Exception | None = None
         self._handles: list[Any] = []
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # per chain its numbers (5,) and the Gram matrix of X A
         self._times: dict[int, int] = {}
@@ -131,20 +137,26 @@ class TokenProbe:
             with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
                 for index in indices:
                     self._times[index] = self._times.get(index, 0) + 1
-                    self._seen[index] = look_at_tokens(self._chains[index], inputs, gradient)
+                    chain = self._chains[index]
+                    trained = [self._is_trained(factor.parameter) for factor in chain.factors]
+                    self._seen[index] = look_at_tokens(chain, inputs, gradient, trained)
         except Exception as error:
+            self.fault = error
             logger.warning("tracker: tokens are not looked at any more (%s: %s).", type(error).__name__, error)
             self.disarm()
             self._chains = []
 
 
-def look_at_tokens(chain: Chain, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def look_at_tokens(
+    chain: Chain, inputs: Tensor, gradient: Tensor, trained: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ‖G‖², ‖Π_T G‖², ⟨G, P(G)⟩, ‖P(G)‖² and t as one tensor (5,), and the Gram matrix of X A (w_0, w_0).
 
     Args:
         chain: With its factors as they were in the forward pass.
         inputs: (…, d_in).
         gradient: (…, d_out).
+        trained: Which factors train, all of them by default: T is spanned by these alone, and P sums over them.
     """
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     x = readable(inputs.detach()).reshape(-1, inputs.shape[-1]).to(wide)
@@ -154,43 +166,64 @@ def look_at_tokens(chain: Chain, inputs: Tensor, gradient: Tensor) -> tuple[Tens
         for factor in chain.factors
         for matrix in [readable(factor.matrix(factor.parameter.detach()))]
     ]
-    first, *inner, last = factors
-    suffix = [last]  # W_i … Wn B, from the back
-    for factor in reversed(inner):
-        suffix.insert(0, factor @ suffix[0])
-    prefix = [torch.eye(first.shape[1], dtype=torch.float64, device=first.device)]  # W1 … W_i
-    for factor in inner:
-        prefix.append(prefix[-1] @ factor)
+    first = factors[0]
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        return first.new_full((len(_NUMBERS),), torch.nan), first.new_full((first.shape[1],) * 2, torch.nan)
+    trains = [True] * len(factors) if trained is None else list(trained)
+    left: list[Tensor | None] = [None]  # L_i = F_0 … F_{i-1}, None for the identity
+    for factor in factors[:-1]:
+        left.append(factor if left[-1] is None else left[-1] @ factor)
+    right: list[Tensor | None] = [None]  # R_i = F_{i+1} … F_{m-1}
+    for factor in reversed(factors[1:]):
+        right.insert(0, factor if right[0] is None else factor @ right[0])
 
-    # The tangent space: all changes in the columns of L and all in the rows of R.
-    u, v = _basis(first @ prefix[-1]).to(wide), _basis(suffix[0].mT).to(wide)
-    xu, dv = x @ u, d @ v
-    in_columns = xu.mT @ d  # UᵀG (w, d_out)
-    in_rows = x.mT @ dv - u @ (xu.mT @ dv)  # (1 − UUᵀ) G V (d_in, w)
-    tangent = _square(in_columns) + _square(in_rows)
-
-    # The preconditioned gradient P(G) = g_A R + A Y, with g_i = L_iᵀ G R_iᵀ.
-    xa = x @ first.to(wide)
-    from_a = (x.mT @ (d @ suffix[0].mT.to(wide))).double()  # (d_in, w_0)
-    from_b = (xa.mT @ d).double()  # AᵀG (w_0, d_out)
-    middle = (xa.mT @ (d @ last.mT.to(wide))).double()  # AᵀGBᵀ (w_0, w_n)
-    gradient_b = prefix[-1].mT @ from_b
-    along_a = prefix[-1] @ gradient_b  # Y (w_0, d_out)
-    dot = _square(from_a) + _square(gradient_b)
-    for i, _ in enumerate(inner):
-        after = torch.eye(last.shape[0], dtype=torch.float64, device=last.device)
-        for factor in reversed(inner[i + 1 :]):
-            after = factor @ after
-        own = prefix[i].mT @ middle @ after.mT
-        dot = dot + _square(own)
-        along_a = along_a + prefix[i] @ own @ suffix[i + 1]
-    columns = torch.cat([from_a, first], dim=1)
-    rows = torch.cat([suffix[0], along_a], dim=0)
-    preconditioned = ((columns.mT @ columns) * (rows @ rows.mT)).sum()
+    # P(G) = Σ L_i g_i R_i with g_i = L_iᵀ G R_iᵀ, kept as a sum of products of tall and flat matrices.
+    tall, flat = [], []
+    dot = torch.zeros((), dtype=torch.float64, device=x.device)
+    for before, after in (pair for pair, train in zip(zip(left, right, strict=True), trains, strict=True) if train):
+        xl = x if before is None else x @ before.to(wide)
+        dr = d if after is None else d @ after.mT.to(wide)
+        own = (xl.mT @ dr).double()  # g_i
+        dot += _square(own)
+        if after is not None:
+            tall.append(own if before is None else before @ own)
+            flat.append(after)
+        else:
+            tall.append(first if before is None else before)
+            flat.append(own)
+    preconditioned = dot
+    if tall:
+        columns, rows = torch.cat(tall, dim=1), torch.cat(flat, dim=0)
+        preconditioned = ((columns.mT @ columns) * (rows @ rows.mT)).sum()
     count = torch.full_like(dot, float(len(x)))
-    numbers = torch.stack([gradient_square(x, d), tangent, dot, preconditioned, count])
-    xa = xa.double()
+    numbers = torch.stack(
+        [gradient_square(x, d), _tangent_square(x, d, left, right, trains), dot, preconditioned, count]
+    )
+    xa = (x @ first.to(wide)).double()
     return numbers, xa.mT @ xa
+
+
+def _tangent_square(
+    x: Tensor, d: Tensor, left: Sequence[Tensor | None], right: Sequence[Tensor | None], trains: Sequence[bool]
+) -> Tensor:
+    """Return ‖Π_T G‖², T the span of {L_i D R_i} over the factors that train.
+
+    From factor to factor the columns of L_i can only become fewer and the rows of R_i more. So T is the orthogonal sum,
+    over the factors that train, of: the columns of L_i times those rows of R_i that no such factor before it had. With
+    U_i, V_i orthonormal bases of both, ‖Π_T G‖² = Σ ‖U_iᵀ G V_i‖² − ‖U_iᵀ G V_{i'}‖², i' the one before.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    known: Tensor | None = None  # D V of the factor before
+    for before, after, train in zip(left, right, trains, strict=True):
+        if not train:
+            continue
+        xu = x if before is None else x @ _basis(before).to(x.dtype)
+        dv = d if after is None else d @ _basis(after.mT).to(d.dtype)
+        total += _square(xu.mT @ dv)
+        if known is not None:
+            total -= _square(xu.mT @ known)
+        known = dv
+    return total.clamp(min=0.0)
 
 
 def gradient_square(x: Tensor, d: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from linchain_analysis.measures.cores import Cores, TokenParts
 from linchain_analysis.runs.reader import Run
 
 _PER_FACTOR = ("before", "change", "gradient", "start", "since_start")
-_PER_CHAIN = ("scale", "start_scale", "learning_rate", "base_norm")
+_PER_CHAIN = ("scale", "start_scale", "learning_rate", "trained", "base_norm")
 _WHOLE = "whole_gradient/"
 _ALWAYS = {"epsilon", "scale", "before/0", "before/1", "change/0", "change/1"}
 
@@ -77,7 +77,7 @@ def unpack_chains(packed: Sequence[bytes]) -> tuple[Cores, list[dict[str, NDArra
         if name not in parts[0]:
             return None
         value = stacked(name)
-        return value if name == "learning_rate" else value[:, 0]
+        return value if name in ("learning_rate", "trained") else value[:, 0]
 
     squares = sum(name.startswith("start_squares/") for name in parts[0]) // 2
     tokens = None

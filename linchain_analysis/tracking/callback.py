@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback as HubTrainerCallback
 
-from linchain_analysis.tracking.presets import find_preset
+from linchain_analysis.tracking.presets import select
 from linchain_analysis.tracking.schedule import Every, parse_every
 from linchain_analysis.tracking.tracker import Tracker
 
@@ -39,7 +39,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         self,
         path: str | Path,
         *,
-        preset: str = "standard",
+        preset: str | None = None,
         every: Every = "auto",
         method: str | None = None,
         problem: str | None = None,
@@ -49,7 +49,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         close_on_train_end: bool = True,
         **options: Any,
     ) -> None:
-        find_preset(preset)
+        select(preset, options.get("measures"))
         parse_every(every)
         self.path = Path(path)
         self.tracker: Tracker | None = None

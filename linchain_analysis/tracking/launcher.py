@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 class Recording:
     """What is recorded of a launched script, as `Tracker` takes it."""
 
-    preset: str = "standard"
+    preset: str | None = None
     every: int | str = "auto"
     measures: tuple[str, ...] | None = None
     sample_every: int = SAMPLE_EVERY
     snapshot_every: int | None = None
 
 
-def check(target: str, *, is_module: bool, recording: Recording) -> None:
+def check(target: str, *, is_module: bool, out: Path | None, recording: Recording) -> None:
     """Refuse what cannot be meant before anything runs.
 
     Raises:
@@ -45,8 +45,11 @@ def check(target: str, *, is_module: bool, recording: Recording) -> None:
     """
     if not is_module and not Path(target).is_file():
         raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
-    find_preset(recording.preset)
-    if recording.measures is not None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError("--out", expected="a folder, or a name that is free", got=f"the file {out}", do="name another")
+    if recording.preset is not None:
+        find_preset(recording.preset)
+    if recording.measures is not None:  # which takes loading them
         select(recording.preset, recording.measures)
     parse_every(recording.every)
     check_intervals(recording.sample_every, recording.snapshot_every)

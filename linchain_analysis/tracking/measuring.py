@@ -51,7 +51,7 @@ class Measuring:
         strict: bool = False,
     ) -> None:
         self.selection = selection
-        self._strict = strict
+        self.strict = strict
         self._failed: set[str] = set()
         self.snapshot_every = SNAPSHOT_EVERY if snapshot_every is None and selection.snapshots else snapshot_every
         self._snapshot_budget = snapshot_budget if snapshot_every is None else None
@@ -115,7 +115,7 @@ class Measuring:
             try:
                 self._take(measure, reading, tables, counts)
             except Exception as error:  # one measure of many, perhaps the user's own
-                if self._strict:
+                if self.strict:
                     raise
                 self._failed.add(measure.name)
                 logger.warning(

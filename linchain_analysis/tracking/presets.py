@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from linchain_analysis.errors import InputError
 from linchain_analysis.measures.registry import (
@@ -47,19 +47,33 @@ class Selection:
         return any(what in chosen.needs for chosen in self.measures)
 
 
-def select(preset: str, measures: Sequence[str | Callable[..., object]] | None = None) -> Selection:
-    """Return what `preset` records, or, where `measures` are given, these and norms.
+def select(preset: str | None = None, measures: Sequence[str | Callable[..., object]] | None = None) -> Selection:
+    """Return what `preset` records, what `measures` record, or both together; norms always.
 
     Args:
-        preset: `light`, `standard` or `full`.
+        preset: `light`, `standard` or `full`; where neither is given, `standard`.
         measures: Names of measures or of their columns, or functions marked as measures.
 
     Raises:
         InputError: An unknown name.
     """
-    find_preset(preset)
-    if measures is not None:
-        return _custom(measures)
+    if measures is None:
+        return _preset(find_preset(preset or "standard"))
+    custom = _custom(measures)
+    if preset is None:
+        return custom
+    base = _preset(find_preset(preset))
+    known = {measure.name for measure in base.measures}
+    return replace(
+        base,
+        cosines=base.cosines or custom.cosines,
+        spectra=base.spectra or custom.spectra,
+        noise=base.noise or custom.noise,
+        measures=(*base.measures, *(measure for measure in custom.measures if measure.name not in known)),
+    )
+
+
+def _preset(preset: str) -> Selection:
     if preset == "light":
         return Selection(preset, cosines=False, spectra=False, measures=_of_level("light"))
     if preset == "standard":

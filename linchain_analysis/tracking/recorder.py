@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
@@ -89,7 +90,11 @@ class Recorder:
         self._chains = list(chains)
         self._measuring = measuring
         self._wanted = measuring.wanted
-        self._reader = ChainReader(chains, self._wanted)
+        self._group_counts: list[int] = []
+        self._optimized: tuple[NDArray[np.bool_], set[int]] = np.zeros(0, dtype=bool), set()
+        # Without a strong reference to itself, so that a closed tracker frees the optimiser at once.
+        own = weakref.proxy(self)
+        self._reader = ChainReader(chains, self._wanted, lambda parameter: own._trains(parameter))
         self._rows = RowMaker(chains, writer.numbers["factor"])
         self._schedule = schedule
         self._deferred = deferred
@@ -113,8 +118,6 @@ class Recorder:
         self._last_end = time.perf_counter()
         self._pending: dict[str, dict[str, Any]] = {}
         self._rates: dict[int, float] = {}
-        self._group_counts: list[int] = []
-        self._optimized: tuple[NDArray[np.bool_], set[int]] = np.zeros(0, dtype=bool), set()
         self._noise = NoiseScale() if measuring.selection.noise else None
         self._look_ahead()
 
@@ -125,6 +128,7 @@ class Recorder:
         """Note the state of the gradients, to see whether this backward pass is about them."""
         if self._stepping and not self._in_closure:
             self._forget()  # the step that had begun was left by an exception
+        self._begin()  # before any optimiser steps, of those that train this model together
         self._watched = _watched_parameters(self.optimizer, self._chains)
         self._reader.tokens.begin_backward()
         if self._losses and not self._stepping and all(parameter.grad is None for parameter in self._watched):
@@ -250,6 +254,13 @@ class Recorder:
         if self._reader.tokens.armed:
             self._reader.tokens.collect(_loss_scale(self._scaler))
             self._reader.tokens.disarm()
+            fault = self._reader.tokens.fault
+            if fault is not None and self._measuring.strict:
+                raise fault
+
+    def _trains(self, parameter: nn.Parameter) -> bool:
+        """Whether a factor takes part in training: it has gradients and the optimiser knows it."""
+        return parameter.requires_grad and id(parameter) in self._find_optimized()[1]
 
     def _find_optimized(self) -> tuple[NDArray[np.bool_], set[int]]:
         """Which factors the optimiser trains; looked up anew when its groups change."""

@@ -37,8 +37,10 @@ class Tracker:
         path: The run folder. Where it holds a run already, the next free name beside it is taken and said.
         preset: `light` (norms), `standard` (norms, cosines, spectra of delta and of its update) or `full` (adds
             interaction orders, balance, conditioning, preconditioner, gradient capture and snapshots of the cores).
-        measures: Names of measures, or of their columns, to be recorded with norms in place of a preset, or functions
-            marked as measures; `python -m linchain_analysis.audit --list` shows them.
+            Where neither this nor `measures` is given, `standard`.
+        measures: Names of measures, or of their columns, or functions marked as measures, to be recorded with norms,
+            and with what `preset` records where that is given too; `python -m linchain_analysis.audit --list` shows
+            them.
         every: Which steps are recorded whole: an int (each n-th), a function step → bool, or "auto" (every step at
             first, then thinned so that the log stays under `log_budget_bytes`). The table `steps` is complete anyway.
         method: Name of the method for comparisons; guessed from the adapter where it is not said.
@@ -68,7 +70,7 @@ class Tracker:
         optimizer: Optimizer,
         path: str | Path,
         *,
-        preset: str = "standard",
+        preset: str | None = None,
         measures: Sequence[str | Callable[..., Any]] | None = None,
         every: Every = 1,
         method: str | None = None,

@@ -154,3 +154,15 @@ def test_function_transforms(length: int) -> None:
         lambda f: torch.autograd.functional.jacobian(lambda y: f(weights, y), x, vectorize=True),
     ):
         torch.testing.assert_close(transform(ours), transform(twin), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_traced_and_exported_layers_take_other_batches(length: int) -> None:
+    layer, x = adapted(6, 5, chain_length=length), draw(4, 6).detach()
+    layer.eval().requires_grad_(False)
+    other = draw(7, 6).detach()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), layer(other), rtol=1e-12, atol=1e-12)
+        exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+        torch.testing.assert_close(exported.module()(other), layer(other), rtol=1e-12, atol=1e-12)

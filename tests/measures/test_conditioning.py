@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linchain_analysis.measures.conditioning import measure_conditioning
+from linchain_analysis.measures.cores import Cores
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -78,3 +79,17 @@ def test_conditions_are_at_least_1_and_do_not_depend_on_size(seed: int, r: int, 
     for name, value in values.items():
         assert (value >= 1).all()
         np.testing.assert_allclose(others[name], value, rtol=max(1e-10, 1e-14 * product_of_all))
+
+
+def test_what_a_gram_matrix_has_lost_of_an_outer_factor_is_not_given_as_a_number() -> None:
+    rng = np.random.default_rng(0)
+    first, last = rng.standard_normal((1, 12, 4)), rng.standard_normal((1, 4, 9))
+    last[:, 3] = last[:, 0] + 1e-9 * rng.standard_normal(9)
+    inner = np.diag([1.0, 1.0, 1.0, 1e-8])[None]
+    cores = Cores(np.ones(1), (first, inner, last), (0 * first, 0 * inner, 0 * last), (12, 9))
+    found = measure_conditioning(cores)
+    assert np.isposinf(found["condition"][0, 2])
+    assert np.isposinf(found["suffix_condition"][0, :2]).all()
+    assert np.isposinf(found["chain_condition"][0])
+    assert found["condition"][0, 1] == pytest.approx(1e8)  # an inner factor is known whole
+    assert 1e7 < found["prefix_condition"][0, 2] < 1e10

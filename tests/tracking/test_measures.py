@@ -21,7 +21,7 @@ import pytest
 import small_models
 import torch
 from numpy.typing import NDArray
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
@@ -1053,3 +1053,92 @@ def test_snapshots_that_nobody_counted_thin_out_under_their_budget() -> None:
     assert measuring._num_thinnings >= 3
     asked = Measuring(select("full"), [], snapshot_every=5, snapshot_budget=10)
     assert all(asked._fits(100) for _ in range(20))
+
+
+def test_measures_stand_in_for_a_preset_or_beside_it() -> None:
+    assert select().name == "standard"
+    alone, beside = select(None, ["orders"]), select("standard", ["orders"])
+    assert (alone.spectra, [measure.name for measure in alone.measures]) == (False, ["orders"])
+    assert (beside.spectra, beside.cosines, [measure.name for measure in beside.measures]) == (True, True, ["orders"])
+    assert len(select("full", ["orders"]).measures) == len(select("full").measures)
+
+
+def one_layer(frozen: str = "") -> tuple[nn.Module, Any, list[nn.Parameter]]:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(30, 20, bias=False)), LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    )
+    layer = model.base_model.model[0]
+    for name, parameter in model.named_parameters():
+        if frozen and f"lora_{frozen}" in name:
+            parameter.requires_grad_(False)
+    return model, layer, [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("frozen", ["", "A", "B"])
+@pytest.mark.parametrize("how", ["no gradient", "not in the optimiser"])
+def test_a_factor_that_does_not_train_is_no_direction_of_the_chain(frozen: str, how: str, tmp_path: Path) -> None:
+    model, layer, trained = one_layer(frozen if how == "no gradient" else "")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(std=0.1)
+    if how != "no gradient" and frozen:
+        held = getattr(layer, f"lora_{frozen}")["default"].weight
+        trained = [parameter for parameter in trained if parameter is not held]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    with Tracker(model, optimizer, tmp_path / "run", preset="full", strict=True, quiet=True):
+        x = torch.randn(16, 30)
+        output = model(x)
+        output.retain_grad()
+        a, b = (getattr(layer, f"lora_{n}")["default"].weight.detach().double().T.clone() for n in "AB")
+        (output - torch.sin(x[:, :20])).pow(2).mean().backward()
+        gradient = x.double().T @ output.grad.double()
+        optimizer.step()
+    u, v = torch.linalg.qr(a).Q, torch.linalg.qr(b.T).Q
+    in_columns, in_rows = u @ (u.T @ gradient), (gradient @ v) @ v.T
+    both = in_columns + in_rows - u @ (u.T @ in_rows)
+    expected = {"": both, "A": in_columns, "B": in_rows}[frozen].norm() / gradient.norm()
+    found = load_run(tmp_path / "run").modules.iloc[0]
+    assert found["gradient_capture"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["preconditioner_rank"] == {"": 4 * (30 + 20 - 4), "A": 4 * 20, "B": 4 * 30}[frozen]
+    assert found["preconditioned_share"] == pytest.approx(1.0, abs=0.02)  # one step of gradient descent, small enough
+
+
+def test_delta_starts_before_any_of_several_optimisers_steps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "1"])
+    )
+    layers = model.base_model.model
+    first, second = (torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1) for layer in layers)
+    with (
+        Tracker(model, first, tmp_path / "first", strict=True, quiet=True),
+        Tracker(model, second, tmp_path / "second", strict=True, quiet=True),
+    ):
+        for _ in range(2):
+            model(torch.randn(4, 8)).pow(2).sum().backward()
+            first.step()
+            second.step()
+            first.zero_grad()
+            second.zero_grad()
+    found = load_run(tmp_path / "second").modules.query("module == '0' and step == 2")["delta_norm"].item()
+    assert found == pytest.approx(float(layers[0].get_delta_weight("default").norm()), rel=1e-5)
+
+
+def test_a_broken_factor_costs_no_other_module_its_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "1"])
+    )
+    layers = model.base_model.model
+    with torch.no_grad():
+        layers[1].lora_A["default"].weight[0, 0] = torch.nan
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    with Tracker(model, optimizer, tmp_path / "run", preset="full", sample_every=1, strict=True, quiet=True):
+        for _ in range(2):
+            x = torch.randn(4, 8)
+            (layers[0](x).sum() + layers[1](x).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    norms = load_run(tmp_path / "run").modules.pivot(index="step", columns="module", values="full_grad_norm")
+    assert np.isfinite(norms["0"]).all()
+    assert norms["1"].isna().all()
