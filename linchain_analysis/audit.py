@@ -23,10 +23,17 @@ def main(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Folders of adapters, or that hold several; or one run folder.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the tables; audit-NAME unless given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the tables; audit-NAME[-MEASURE] unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
     list_measures: Annotated[bool, typer.Option("--list", help="Print every measure with its columns.")] = False,
-    measure: Annotated[list[str] | None, typer.Option(help="Of a run: apply this measure to its snapshots.")] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE.py",
+            help="Of a run: apply this measure to its snapshots, or all that a Python file marks with @measure or "
+            "@spectral_measure (the file is run). May be given several times.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Base model, a folder or a hub name: compare with it.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="JSON file of records, or a text a line: measure the functional rank.")
@@ -89,20 +96,23 @@ def main(
 
 
 def _print_measures(as_json: bool) -> None:
+    from linchain_analysis.auditing.choice import RECORDED, recorded_columns
     from linchain_analysis.measures.registry import all_measures
 
-    measures = all_measures()
+    recorded, measures = recorded_columns(), all_measures()
     if as_json:
+        levels = [(name, RECORDED, columns) for name, columns in recorded.items()]
+        levels += [(name, found.level, found.columns) for name, found in sorted(measures.items())]
         columns = [
-            {"measure": name, "level": found.level, **{key: getattr(column, key) for key in _COLUMN_KEYS}}
-            for name, found in sorted(measures.items())
-            for column in found.columns
+            {"measure": name, "level": level, **{key: getattr(column, key) for key in _COLUMN_KEYS}}
+            for name, level, filled in levels
+            for column in filled
         ]
         typer.echo(json.dumps(columns, indent=1, ensure_ascii=False))
         return
     from linchain_analysis.auditing.display import measure_list
 
-    _print(measure_list(measures), False)
+    _print(measure_list(recorded, measures), False)
 
 
 _COLUMN_KEYS = ("table", "name", "unit", "meaning", "moment", "gauge_dependent", "source")
@@ -115,7 +125,7 @@ def _audit_adapters(paths: Sequence[Path], request: Request, out: Path | None, a
     from linchain_analysis.auditing.report import refuse_adapter_folder, to_json
 
     adapters = read_adapters(paths)
-    folder = _choose_folder(out, paths)
+    folder = _choose_folder(out, paths[0])
     refuse_adapter_folder(folder, adapters)
     found = examine(adapters, request, say=lambda text: typer.echo(text, err=True))
     written = save_audit(found, folder)
@@ -126,7 +136,7 @@ def _audit_adapters(paths: Sequence[Path], request: Request, out: Path | None, a
 
 def _audit_run(paths: Sequence[Path], names: Sequence[str], out: Path | None, as_json: bool) -> None:
     from linchain_analysis.auditing import apply_measures, describe_run
-    from linchain_analysis.auditing.display import measured_table, run_table
+    from linchain_analysis.auditing.display import measured_tables, run_table
     from linchain_analysis.auditing.report import plain_json, records, save_table
     from linchain_analysis.runs import load_run
 
@@ -138,19 +148,28 @@ def _audit_run(paths: Sequence[Path], names: Sequence[str], out: Path | None, as
         _print(plain_json(held) if as_json else run_table(held), as_json)
         return
     tables = apply_measures(run, names)
-    folder = _choose_folder(out, paths)
+    folder = _choose_folder(out, paths[0], names)
     if folder.resolve() == paths[0].resolve():
         raise InputError("--out", expected="a folder of its own", got="the run folder", do="choose another")
     written = [save_table(table, folder / f"{name}.parquet", name) for name, table in tables.items()]
     if as_json:
         _print(plain_json({name: records(table) for name, table in tables.items()}), True)
     else:
-        _print((measured_table(name, table) for name, table in tables.items()), False)
+        width = Console().width
+        _print((part for name, table in tables.items() for part in measured_tables(name, table, width)), False)
     _tell(written)
 
 
-def _choose_folder(out: Path | None, paths: Sequence[Path]) -> Path:
-    return Path(f"audit-{paths[0].resolve().name}") if out is None else out
+def _choose_folder(out: Path | None, path: Path, measures: Sequence[str] = ()) -> Path:
+    from linchain_analysis.auditing import find_free, name_folder
+
+    if out is not None:
+        return out
+    named = name_folder(path, measures)
+    free = find_free(named)
+    if free != named:
+        typer.echo(f"{named} exists already: writing to {free}", err=True)
+    return free
 
 
 def _print(found: Any | Iterable[Any], as_json: bool) -> None:

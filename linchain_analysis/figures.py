@@ -37,6 +37,9 @@ def main(
     Every column that a measure recorded is drawn as well, in a folder of its name; other columns are drawn when --only
     names them.
 
+    Beside every figure stand its caption, with how it was averaged and whether it depends on the gauge (caption.txt),
+    the numbers that were drawn (drawn.csv), and where they came from (provenance.json).
+
     Runs of several problems, or of one method at several learning rates, are not drawn together: each comparison gets
     a folder of its own.
     """
@@ -88,7 +91,7 @@ def _draw(paths: Sequence[Path], out: Path, asked: Sequence[str] | None, formats
     for comparison in comparisons:
         chosen = load_runs([run for run, name in zip(found.runs, found.names, strict=True) if name in comparison.runs])
         gallery = draw_gallery(chosen, names)
-        for reason in gallery.left_out:
+        for reason in _shorten(gallery.left_out, names or ()):
             typer.echo(f"left out: {reason}", err=True)
         home = out / comparison.name if len(comparisons) > 1 else out
         origin = describe_origin(["python", "-m", "linchain_analysis.figures", *sys.argv[1:]], describe_runs(chosen))
@@ -96,6 +99,18 @@ def _draw(paths: Sequence[Path], out: Path, asked: Sequence[str] | None, formats
             folder = home if name == "overview" else home / name
             save_figure(drawn, folder, origin, formats)
             yield folder
+
+
+def _shorten(left_out: Sequence[InputError], named: Sequence[str]) -> Iterator[str]:
+    """One line for all columns without values, and one for each other reason; in full for what was asked by name."""
+    from linchain_analysis.plots.content import NoValuesError
+
+    empty = [
+        error.place for error in left_out if isinstance(error, NoValuesError) and error.place not in (*_NAMES, *named)
+    ]
+    yield from (str(error) for error in left_out if error.place not in empty)
+    if empty:
+        yield f"{', '.join(empty)}: no value at any step"
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ def main(
     save_adapter: Annotated[bool, typer.Option(help="Leave the trained adapter in the run folder.")] = True,
 ) -> None:
     """Train one method on one problem and record the run in --out. Unset options are the problem's own."""
+    from linchain_analysis.adapters import method_config
     from linchain_analysis.training import FinetuneSettings, finetune
     from linchain_analysis.training.events import RunFinished, RunStarted, RunStepped
+    from linchain_analysis.training.preparation import prepare
     from linchain_analysis.training.progress import show_progress
 
     given: dict[str, Any] = {
@@ -81,9 +83,11 @@ def main(
     _quieten()
     try:
         settings = FinetuneSettings.from_json(given)
+        method_config(settings.method)  # what can be refused should be, before a run is said to have started
+        prepared = prepare(settings)
         with show_progress().open(num_runs=1, num_complete=0) as show:
             show(RunStarted(1, method))
-            finetune(settings, out, on_step=lambda *step: show(RunStepped(1, method, *step)))
+            finetune(settings, out, prepared=prepared, on_step=lambda *step: show(RunStepped(1, method, *step)))
             show(RunFinished(1, method, time.monotonic() - began))
         from linchain_analysis.runs import load_run
 

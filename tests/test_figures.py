@@ -1,6 +1,7 @@
 """The door `python -m linchain_analysis.figures`, from run folders to files."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from linchain_analysis.figures import app
 from linchain_analysis.plots import plot_loss, plot_overview
 from linchain_analysis.runs import Manifest, ModuleRecord, RunWriter, load_runs
 
-FILES = {"figure.pdf", "figure.png", "drawn.csv", "provenance.json"}
+FILES = {"figure.pdf", "figure.png", "drawn.csv", "caption.txt", "provenance.json"}
 SINGLE = {"loss", "effective-rank", "gradient-norms", "update-norms"}
 
 
@@ -31,7 +32,7 @@ def _draw(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_every_figure_has_its_four_files(runs: Path, tmp_path: Path) -> None:
+def test_every_figure_has_its_five_files(runs: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "linchain_analysis.figures", str(runs), "--out", "figures"],
         cwd=tmp_path,
@@ -60,6 +61,7 @@ def test_every_figure_has_its_four_files(runs: Path, tmp_path: Path) -> None:
     assert len({run["sha256"] for run in provenance["runs"]}) == 8
     assert {"loss", "grad_norm", "update_norm", "effective_rank"} <= {one["name"] for one in provenance["columns"]}
     assert "95 % t interval" in provenance["caption"]
+    assert (tmp_path / "figures" / "caption.txt").read_text(encoding="utf-8") == provenance["caption"] + "\n"
 
 
 def test_the_csv_is_what_was_drawn(runs: Path, tmp_path: Path) -> None:
@@ -175,6 +177,22 @@ def test_every_measured_column_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert [column["name"] for column in provenance["columns"]] == ["step", "module", "interaction_ratio"]
     assert len(provenance["runs"]) == 2
     assert pd.read_csv(tmp_path / "figures" / "my-own" / "drawn.csv")["mean"].tolist() == [3.0, 4.0]
+
+
+def test_columns_without_values_share_one_line_and_tell_more_when_they_are_named(tmp_path: Path) -> None:
+    columns = [("noise_scale", "float"), ("noise_trace", "float")]
+    manifest = Manifest(
+        ("train",), method="lora-2", problem="sums", init_seed=0, data_seed=0, columns={"steps": columns}
+    )
+    writer = RunWriter(tmp_path / "runs" / "seed0", manifest)
+    writer.append("steps", {"step": [1, 2], "loss": [2.0, 1.0], **{name: [math.nan] * 2 for name, _ in columns}})
+    writer.close()
+    options = ["--format", "png", "--out", tmp_path / "figures"]
+    lines = _draw(tmp_path / "runs", *options).stderr.splitlines()
+    assert [line for line in lines if "noise" in line] == ["left out: noise-scale, noise-trace: no value at any step"]
+    named = _draw(tmp_path / "runs", *options, "--only", "noise-scale").stderr
+    assert "left out: noise-scale: expected finite values" in named
+    assert "see when it is known" in named
 
 
 def test_columns_are_drawn_by_name(runs: Path, tmp_path: Path) -> None:

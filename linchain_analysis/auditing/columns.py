@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MEANINGS: Mapping[str, str] = {
-    "adapter": "name of the adapter: the end of its path",
+    "adapter": "name of the adapter: the shortest end of its path that says which it is",
     "state": "used; unused: delta is exactly 0; nearly unused: its norm is below --unused-below of the median of the "
     "adapter's norms above 0; not finite; refused: delta is not the saved product",
     "rank_bound": "smallest width of the chain: the most singular values that delta can have",

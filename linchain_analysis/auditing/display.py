@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,10 +15,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from linchain_analysis.auditing.choice import RECORDED
 from linchain_analysis.auditing.curvature import CAVEAT, Sharpness
 from linchain_analysis.auditing.report import Audit, describe_adapter
 from linchain_analysis.auditing.truncation import FunctionalRank
 from linchain_analysis.measures.registry import Measure
+from linchain_analysis.vocabulary import Column
 
 Shown = Table | Group | Text | Padding | str
 MAX_ROWS = 60  # of a table of modules; more are shown by kind only
@@ -57,8 +59,8 @@ _OVERLAPS = {
     "side": "side",
     "similarity": "φ",
     "similarity_by_chance": "(by\nchance)",
-    "smallest_angle": "smallest\nangle",
-    "largest_angle": "largest\nangle",
+    "smallest_angle": "smallest\nangle\n(degrees)",
+    "largest_angle": "largest\nangle\n(degrees)",
 }
 
 
@@ -68,6 +70,8 @@ def audit_tables(audit: Audit) -> Iterator[Shown]:
     yield from (f"note: {note}" for note in audit.notes)
     for adapter, group in audit.kinds.groupby("adapter", sort=False) if len(audit.kinds) else ():
         yield _frame(f"{adapter}: by kind (medians over the modules that are used)", group, _KINDS)
+    if len(audit.kinds):
+        yield "‖ΔW‖ all: √Σ‖ΔW‖² over all modules of the kind"
     if len(audit.modules):
         yield from _modules(audit.modules)
     if len(audit.overlaps):
@@ -77,46 +81,83 @@ def audit_tables(audit: Audit) -> Iterator[Shown]:
         yield from _sharpness(audit.sharpness)
 
 
-def measure_list(measures: Mapping[str, Measure]) -> Iterator[Shown]:
-    """Yield every measure with its level, and below it its columns with unit and meaning."""
+def measure_list(recorded: Mapping[str, Sequence[Column]], measures: Mapping[str, Measure]) -> Iterator[Shown]:
+    """Yield what the tracker records by itself and every measure with its level, each with its columns below it."""
+    for name, columns in recorded.items():
+        yield from _described(f"{name} ({RECORDED})", columns)
     for name, measure in sorted(measures.items()):
         level = f"{measure.level}, sampled" if measure.sampled else measure.level
-        yield Text(f"{name} ({level})", style="bold")
-        for column in measure.columns:
-            text = Text(f"{column.table}.{column.name} [{column.unit}] ")
-            yield Padding(text.append(column.meaning, style="dim"), (0, 0, 0, 2))
+        yield from _described(f"{name} ({level})", measure.columns)
+
+
+def _described(title: str, columns: Iterable[Column]) -> Iterator[Shown]:
+    """A title, and below it columns with unit and meaning."""
+    yield Text(title, style="bold")
+    for column in columns:
+        text = Text(f"{column.table}.{column.name} [{column.unit}] ")
+        yield Padding(text.append(column.meaning, style="dim"), (0, 0, 0, 2))
 
 
 def run_table(found: Mapping[str, Any]) -> Iterator[Shown]:
     """Yield what a run holds."""
     table = Table("run", str(found["path"]), box=SIMPLE_HEAD)
     for name in ("method", "problem", "status", "preset", "steps", "recorded_steps"):
-        table.add_row(name.replace("_", " "), str(found[name]))
+        if found[name] is not None:
+            table.add_row(name.replace("_", " "), str(found[name]))
     steps = found["snapshots"]
     table.add_row("snapshots", f"{len(steps)}, steps {steps[0]} to {steps[-1]}" if steps else "none")
     for name, columns in found["columns"].items():
-        table.add_row(f"columns of {name}", ", ".join(columns))
+        if columns:
+            table.add_row(f"columns of {name}", ", ".join(columns))
     yield table
-    ranks = found["last_effective_ranks"]
-    if ranks:
-        last = Table("module", "effective rank at the last step", box=SIMPLE_HEAD)
-        for module, rank in list(ranks.items())[:MAX_ROWS]:
-            last.add_row(module, _number(rank))
-        yield last
+    for name, title in (("last_effective_ranks", "effective rank"), ("last_delta_norms", "‖ΔW‖")):
+        if found[name]:
+            last = Table("module", f"{title} at the last step", box=SIMPLE_HEAD)
+            for module, value in list(found[name].items())[:MAX_ROWS]:
+                last.add_row(module, _number(value))
+            yield last
 
 
-def measured_table(name: str, table: pd.DataFrame) -> Group:
-    """Return the rows of the last step, at most `MAX_ROWS`."""
-    last = table[table["step"] == table["step"].max()].head(MAX_ROWS)
-    return _frame(f"{name}, step {table['step'].max()} (of {table['step'].nunique()})", last.drop(columns="step"))
+def measured_tables(name: str, table: pd.DataFrame, width: int) -> Iterator[Shown]:
+    """Yield the rows of the last step, at most `MAX_ROWS`, in as many tables as `width` characters ask for."""
+    whole = table[table["step"] == table["step"].max()]
+    last = whole.head(MAX_ROWS).drop(columns="step")
+    prefix = _common_prefix(last["module"])
+    if prefix:
+        yield f"modules below: {prefix}…"
+    last = last.assign(module=[str(module).removeprefix(prefix) for module in last["module"]])
+    title = f"{name}, step {table['step'].max()} (of {table['step'].nunique()})"
+    headings = {str(column): str(column).replace("_", "\n") for column in last.columns}
+    keys = {column: heading for column, heading in headings.items() if column in ("module", "factor", "link")}
+    room = width - sum(_width(last[column], heading) for column, heading in keys.items())
+    parts: list[dict[str, str]] = []
+    left = 0
+    for column, heading in headings.items():
+        if column in keys:
+            continue
+        needed = _width(last[column], heading)
+        if not parts or needed > left:
+            parts.append(dict(keys))
+            left = room
+        parts[-1][column] = heading
+        left -= needed
+    yield from (_frame(title, last, part) for part in parts)
+    if len(whole) > MAX_ROWS:
+        yield f"{MAX_ROWS} of {len(whole)} rows: see the Parquet file for each of them"
+
+
+def _width(values: pd.Series[Any], heading: str) -> int:
+    """Characters that a column takes, with the gap behind it; lists fold at 40."""
+    cells = [min(40, len(_cell(value))) if np.ndim(value) else len(_cell(value)) for value in values]
+    return max([*cells, *map(len, heading.split("\n"))]) + 2
 
 
 def _adapters(audit: Audit) -> Table:
-    table = Table("adapter", "type", "rank", "modules", "parameters", "delta", box=SIMPLE_HEAD)
+    table = Table("adapter", "method", "modules", "parameters", "delta", box=SIMPLE_HEAD)
     for adapter in audit.adapters:
         said = describe_adapter(adapter)
         state = "refused" if said["refused"] else "and more changed" if said["others"] else "measured"
-        cells = (said["type"], said["rank"], said["modules"], said["parameters"], state)
+        cells = (said["method"], said["modules"], said["parameters"], state)
         table.add_row(adapter.name, *(str(cell) for cell in cells))
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from linchain_analysis.auditing.overlap import compare_adapters
 from linchain_analysis.auditing.report import Audit
 from linchain_analysis.auditing.saved import SavedAdapter
 from linchain_analysis.auditing.texts import Batch, load_batches, require_causal
-from linchain_analysis.auditing.truncation import KEEP, FunctionalRank, measure_functional_rank
+from linchain_analysis.auditing.truncation import KEEP, FunctionalRank, measure_functional_rank, refuse_share
 from linchain_analysis.errors import InputError
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or OWNER/NAME
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,26 @@ class Request:
                 raise InputError(option, expected="at least 1", got=str(value), do="give a positive number")
         if self.num_base_vectors < 1:
             raise InputError("--top", expected="at least 1", got=str(self.num_base_vectors), do="ask for one or more")
+        refuse_share(self.keep)
+        if self.data is not None and not self.data.is_file():
+            got = "a folder" if self.data.is_dir() else "no such file"
+            raise InputError(
+                f"--data {self.data}", expected="a JSON file of records or a text file", got=got, do="check the path"
+            )
+        if self.model is not None and _is_missing_path(self.model):
+            raise InputError(
+                f"--model {self.model}",
+                expected="the folder of a model, or a name on the hub",
+                got="no such folder",
+                do="check the path",
+            )
+
+
+def _is_missing_path(model: str) -> bool:
+    """Whether a model's name is a path at which nothing stands: no name of the hub, or in a folder that exists."""
+    if Path(model).exists():
+        return False
+    return _HUB_NAME.fullmatch(model) is None or ("/" in model and Path(model).parent.is_dir())
 
 
 def examine(adapters: Sequence[SavedAdapter], request: Request, say: Callable[[str], None] = lambda _: None) -> Audit:

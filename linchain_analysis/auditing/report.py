@@ -53,6 +53,7 @@ def describe_adapter(adapter: SavedAdapter) -> dict[str, Any]:
         "adapter": adapter.name,
         "path": str(adapter.path),
         "type": adapter.type,
+        "method": adapter.method,
         "base_model": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
         "modules": len(adapter.chains),

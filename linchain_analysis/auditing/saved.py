@@ -76,7 +76,8 @@ class SavedAdapter:
         name: What tells it from the others of one audit.
         path: Its folder.
         config: What `adapter_config.json` says.
-        chains: Its adapted matrices, in the order of the file; none where it is not made of chains.
+        chains: Its adapted matrices, in the order of their names, numbers as numbers; none where it is not made of
+            chains.
         tensors: Shape of every tensor of the file.
         refused: Why its delta is not a product of factors, or None.
         others: What it changes beyond its chains.
@@ -94,6 +95,11 @@ class SavedAdapter:
     def type(self) -> str:
         """PEFT's name of the method."""
         return str(self.config["peft_type"])
+
+    @property
+    def method(self) -> str:
+        """The method's name, such as `lora-8` or `linchain-3-8`, as the tracker writes it into a run."""
+        return _name_method(self.config)
 
     def read(self, chain: SavedChain) -> tuple[Array, ...]:
         """Return A (d_in, w_0), W1 … Wn and B (w_n, d_out) of one matrix as float64, which every stored value is."""
@@ -128,10 +134,31 @@ def read_adapter(folder: Path, name: str | None = None) -> SavedAdapter:
         names = _module_names(list(found))
         chains = tuple(
             _describe(folder, config, layer, names[layer], factors, tensors, dtypes, refused)
-            for layer, factors in found.items()
+            for layer, factors in sorted(found.items(), key=lambda item: natural_key(names[item[0]]))
         )
     others = find_other_changes(config, [key for key in tensors if key not in used]) if chains else ()
     return SavedAdapter(name or folder.resolve().name, folder, config, chains, tensors, refused, others)
+
+
+def natural_key(text: str) -> list[tuple[str, int]]:
+    """Return a sort key under which checkpoint-200 stands before checkpoint-1000, and layer 2 before layer 10."""
+    return [(words, int(digits or 0)) for words, digits in re.findall(r"([^\d]*)(\d*)", text)]
+
+
+def _name_method(config: Mapping[str, Any]) -> str:
+    kind, rank = str(config["peft_type"]).lower(), config.get("r")
+    if kind != "linchain":
+        start = config.get("init_lora_weights", True)
+        parts = [kind if rank is None else f"{kind}-{rank}"]
+        parts += [option for option in ("rslora", "dora") if config.get(f"use_{option}")]
+        return "-".join([*parts, start.lower()] if isinstance(start, str) else parts)
+    length, width = config.get("chain_length", 1), config.get("chain_width") or rank
+    name = f"moslora-{rank}" if length == 1 else f"linchain-{length}-{rank}"
+    # The plain name of linchain-2-8 means the paper's 8→16→8.
+    if width != (16 if (length, rank) == (2, 8) else rank):
+        name += f"-w{width}"
+    init = config.get("chain_init", "kaiming")
+    return name if init == "kaiming" else f"{name}-{init}"
 
 
 def _refuse_pickle(folder: Path) -> None:

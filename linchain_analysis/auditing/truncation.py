@@ -65,8 +65,7 @@ def measure_functional_rank(
         batches: Fixed data.
         keep: Share of the gain, in (0, 1].
     """
-    if not 0 < keep <= 1:
-        raise InputError("--keep", expected="a share above 0 and at most 1", got=str(keep), do="give such a number")
+    refuse_share(keep)
     lasts, vectors = _read_ends(model, adapter)
     whole = [last.detach().clone() for last in lasts]
     adapted = _mean_loss(model, batches)
@@ -89,6 +88,16 @@ def measure_functional_rank(
         for last, full in zip(lasts, whole, strict=True):
             last.data.copy_(full)
     return FunctionalRank(rank, keep, losses[0], adapted, losses, sum(map(num_predicted, batches)))
+
+
+def refuse_share(keep: float) -> None:
+    """Refuse what is no share of a gain.
+
+    Raises:
+        InputError: It is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise InputError("--keep", expected="a share above 0 and at most 1", got=str(keep), do="give such a number")
 
 
 def _read_ends(model: Any, adapter: SavedAdapter) -> tuple[list[torch.nn.Parameter], list[Array]]:

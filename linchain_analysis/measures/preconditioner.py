@@ -53,9 +53,9 @@ def measure_preconditioned_step(cores: Cores) -> Values:
         return {"preconditioned_cosine": unknown, "preconditioned_share": unknown}
     gradients = []
     for i, gradient in enumerate(cores.gradient):
-        absent = np.isnan(gradient).all(axis=(1, 2))
+        absent = np.asarray(np.isnan(gradient).all(axis=(1, 2)))
         if cores.trained is not None:
-            absent |= ~cores.trained[:, i]
+            absent = absent | ~cores.trained[:, i]
         gradients.append(np.where(absent[:, None, None], 0.0, gradient))
     direction = cores.scale[:, None, None] * sum(first_order_terms(cores.before, gradients), np.zeros(()))
     angle = -cosine(cores.update, direction)

@@ -58,14 +58,19 @@ class Content:
         return limit_view(self.table, self.scale)[:2]
 
 
+class NoValuesError(InputError):
+    """A figure that has nothing to draw, since its column holds no finite value."""
+
+
 def require_curves(name: str, table: pd.DataFrame, do: str) -> None:
     """Refuse a table that would draw nothing, or several conditions of one method.
 
     Raises:
-        InputError: With `name` of the figure as its place.
+        NoValuesError: Without a finite value; as every refusal of these with `name` of the figure as its place.
+        InputError: With several conditions.
     """
     if table.empty or not np.isfinite(table["mean"]).any():
-        raise InputError(name, expected="finite values at one step or more", got="none", do=do)
+        raise NoValuesError(name, expected="finite values at one step or more", got="none", do=do)
     require_one_condition(table)
 
 

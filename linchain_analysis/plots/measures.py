@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MAX_ENTRIES = 3 * MAX_COLUMNS  # of a column of lists, one panel each
 _DECADE, _SHARE_LIMIT = 10.0, 2.0
 _KEYS = {"steps": [], "modules": ["module"], "factors": ["module", "factor"], "links": ["module", "link"]}
+# What the entries of a list are, where its column says more than that they are entries.
+_ENTRY_WORDS = {("modules", "order_ratios"): "order"}
 # How many characters of a label stand beside one panel, a single one and one of several.
 _LABEL_LENGTH = {True: 30, False: 22}
 
@@ -188,7 +190,8 @@ def _title(panel: str, column: Column) -> str:
     if column.kind != "values":
         name, entry = panel, ""
     typeset = " – ".join(re.sub(r"^([A-Z])(\d*)$", _typeset, part) for part in name.split("-")) if name else ""
-    return ", ".join(part for part in (typeset, entry and f"entry {entry}") if part)
+    word = _ENTRY_WORDS.get((column.table, column.name), "entry")
+    return ", ".join(part for part in (typeset, entry and f"{word} {entry}") if part)
 
 
 def _typeset(found: re.Match[str]) -> str:

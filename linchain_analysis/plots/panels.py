@@ -16,6 +16,7 @@ from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.style import MethodStyle, assign_styles, paper_style
 
 MAX_COLUMNS = 5
+_FEW_STEPS = 25  # up to so many are each marked: a line between two samples alone would pass for a trend
 _LEGEND_ENTRY_INCHES = 1.35
 _FINE_DECADES = 2.0  # a logarithmic axis of fewer has too few powers of ten in view to be read by
 
@@ -66,8 +67,7 @@ def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyl
         curve = table[table["method"] == method].sort_values("step")
         if curve.empty:
             continue
-        # One step alone is no line, and a dot at each end of a gap keeps single points visible.
-        marker = "o" if len(curve) == 1 else None
+        marker = "o" if curve["mean"].notna().sum() <= _FEW_STEPS else None
         low = curve["low"]
         if axes.get_yscale() == "log":
             # What lies at or below 0 is far below the panel, and without a place there would tear the band.
@@ -79,7 +79,7 @@ def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyl
             color=style.color,
             linestyle=style.linestyle,
             marker=marker,
-            markersize=3,
+            markersize=2.5,
             label=method,
         )
 

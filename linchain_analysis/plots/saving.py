@@ -1,4 +1,4 @@
-"""A drawn figure as files: figure.pdf, figure.png, drawn.csv, provenance.json."""
+"""A drawn figure as files: figure.pdf, figure.png, drawn.csv, caption.txt, provenance.json."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def save_figure(
     files.append(folder / "drawn.csv")
     # Full precision: the table reads back as the numbers that were drawn.
     drawn.table.to_csv(files[-1], index=False, lineterminator="\n")
+    files.append(folder / "caption.txt")
+    files[-1].write_text(drawn.caption + "\n", encoding="utf-8")
     content = {
         "caption": drawn.caption,
         **origin,

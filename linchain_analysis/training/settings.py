@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -164,4 +165,6 @@ def _require_whole(name: str, value: object, *, least: int, most: int | None = N
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(name, expected=f"one of {', '.join(choices)}", got=repr(value), do="choose one of them")
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        do = f"did you mean {close[0]!r}?" if close else "choose one of them"
+        raise InputError(name, expected=f"one of {', '.join(choices)}", got=repr(value), do=do)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from linchain_analysis import LinChainConfig
 from linchain_analysis.audit import app
-from linchain_analysis.measures.registry import all_measures
+from linchain_analysis.auditing import name_folder
+from linchain_analysis.measures.registry import BUILT_IN, NOISE_COLUMNS, all_measures
 from linchain_analysis.problems.loading import BUILTIN_MODEL
 from linchain_analysis.problems.models import load_model, load_tokenizer
 
@@ -42,22 +43,26 @@ def test_one_adapter(save: Any, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in path.iterdir()}
     done = _audit(path)
     assert done.exit_code == 0, done.output
-    assert "LINCHAIN" in done.stdout and "0.self_attn.q_proj" in done.stdout
-    table = pd.read_parquet(tmp_path / "audit-adapter" / "audit.parquet")
+    title = f"{path.parent.name}/adapter"
+    assert "linchain-2-4" in done.stdout and title in done.stdout and "0.self_attn.q_proj" in done.stdout
+    folder = tmp_path / f"audit-{path.parent.name}-adapter"
+    table = pd.read_parquet(folder / "audit.parquet")
     assert len(table) == 4 and (table["state"] == "used").all()
     assert all(len(sigma) == 4 for sigma in table["spectrum"]) and (table["chain_length"] == 2).all()
     assert {file: file.read_bytes() for file in path.iterdir()} == before
-    schema = pq.read_schema(tmp_path / "audit-adapter" / "audit.parquet")
+    schema = pq.read_schema(folder / "audit.parquet")
     for name in ("state", "spectrum", "effective_rank", "participation_ratio", "rank_cut_off"):
         assert schema.field(name).metadata[b"meaning"]
 
 
 def test_json(save: Any) -> None:
-    done = _audit(save("llama", BOTH), "--json")
+    path = save("llama", BOTH)
+    done = _audit(path, "--json")
     found = json.loads(done.stdout)
-    assert found["adapters"][0]["type"] == "LORA" and len(found["modules"]) == 4
+    assert found["adapters"][0]["type"] == "LORA" and found["adapters"][0]["method"] == "lora-4"
+    assert len(found["modules"]) == 4
     assert len(found["modules"][0]["spectrum"]) == 4 and found["modules"][0]["product_spectrum"] is None
-    assert found == json.loads(Path("audit-adapter/audit.json").read_text())
+    assert found == json.loads(Path(f"audit-{path.parent.name}-adapter/audit.json").read_text())
 
 
 def test_several_adapters_are_compared(save: Any, tmp_path: Path) -> None:
@@ -83,6 +88,8 @@ def test_refusals_are_said_and_shown(save: Any) -> None:
 
 def test_wrong_commands(save: Any, tmp_path: Path) -> None:
     path = save("llama", BOTH)
+    (tmp_path / "data.txt").write_text("text\n")
+    (tmp_path / "models").mkdir()
     for arguments, word in (
         ((), "a path, or --list"),
         (("nowhere",), "no such folder"),
@@ -91,17 +98,29 @@ def test_wrong_commands(save: Any, tmp_path: Path) -> None:
         ((path, "--sharpness"), "no data"),
         ((path, "--measure", "balance"), "a run folder"),
         ((path, "--model", "m", "--top", "0"), "at least 1"),
+        ((path, "--keep", "1.5"), "at most 1"),
+        ((path, "--model", "m", "--data", "x.json"), "no such file"),
+        ((path, "--model", "m", "--data", "models"), "a folder"),
+        ((path, "--model", "./nowhere", "--data", "data.txt"), "no such folder"),
+        ((path, "--model", "models/nowhere"), "no such folder"),
+        ((path, "--model", "a/b/c"), "no such folder"),
     ):
         done = _audit(*arguments)
         assert done.exit_code == 2 and word in done.stderr, (arguments, done.output)
+        assert "loading" not in done.stderr
 
 
 def test_every_measure_is_listed() -> None:
     done = _audit("--list", "--json")
     listed = {(entry["measure"], entry["name"]) for entry in json.loads(done.stdout)}
-    assert listed == {(name, column.name) for name, found in all_measures().items() for column in found.columns}
+    expected = {(name, column.name) for name, found in all_measures().items() for column in found.columns}
+    expected |= {(group, name) for group, names in BUILT_IN.items() for name in names}
+    expected |= {("noise", column.name) for column in NOISE_COLUMNS}
+    assert listed == expected
     shown = _audit("--list").stdout
     assert all(f"{name} (" in shown for name in all_measures())
+    assert shown.startswith("norms (recorded by the tracker)")
+    assert all(f"{name} (recorded by the tracker)" in shown for name in (*BUILT_IN, "noise"))
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -110,8 +129,31 @@ def test_a_run(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "moslora-2" in done.stdout and "effective rank at the last step" in done.stdout
     done = _audit(tmp_path / "run", "--measure", "participation_ratio")
     assert done.exit_code == 2 and 'preset="full"' in done.stderr
+    assert "problem" not in _audit(tmp_path / "run").stdout
     done = _audit(tmp_path / "run", "--model", "m")
     assert done.exit_code == 2 and "an adapter" in done.stderr
+
+
+def test_no_audit_overwrites_an_earlier_one(save: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(save("llama", BOTH), tmp_path / name / "adapter")
+        assert _audit(tmp_path / name / "adapter").exit_code == 0
+    done = _audit(tmp_path / "two" / "adapter")
+    assert "audit-two-adapter exists already: writing to audit-two-adapter-2" in done.stderr
+    assert {"audit-one-adapter", "audit-two-adapter", "audit-two-adapter-2"} <= {f.name for f in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("path", "measures", "name"),
+    [
+        ("runs/full", (), "audit-full"),
+        ("runs/full", ("orders", "mine/own.py"), "audit-full-orders-own"),
+        ("lora-8/checkpoint-20", (), "audit-lora-8-checkpoint-20"),
+        ("lora-8", (), "audit-lora-8"),
+    ],
+)
+def test_the_folder_says_what_is_in_it(path: str, measures: tuple[str, ...], name: str) -> None:
+    assert name_folder(Path(path), measures) == Path(name)
 
 
 def _train(model_name: str, folder: Path, records: list[dict[str, str]]) -> None:
@@ -147,7 +189,7 @@ def test_everything_about_a_real_model(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "functional rank" in done.stdout and "do not compare it between chain lengths" in done.stdout
     found = json.loads(Path("found/audit.json").read_text())
-    rank, sharpness = found["functional_ranks"]["adapter"], found["sharpness"]["adapter"]
+    rank, sharpness = *found["functional_ranks"].values(), *found["sharpness"].values()
     assert rank["gain"] > 0 and 1 <= rank["rank"] <= 4 and len(rank["losses"]) == rank["rank"] + 1
     assert sharpness["raw"] > 0 and sharpness["preconditioned"] > 0
     assert sharpness["gradient_descent_edge"] == pytest.approx(400)

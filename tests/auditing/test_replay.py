@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import small_models
 import torch
@@ -18,6 +19,7 @@ from linchain_analysis import LinChainConfig, Tracker, load_run
 from linchain_analysis.audit import app
 from linchain_analysis.auditing import apply_measures, describe_run
 from linchain_analysis.errors import InputError
+from linchain_analysis.measures import registry
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,93 @@ def test_what_a_run_holds(run: tuple[Path, list[dict[str, np.ndarray]]]) -> None
     assert held["steps"] == 5 and held["snapshots"] == [1, 3, 5] and held["preset"] == "standard"
     assert "spectrum" in held["columns"]["modules"]
     assert len(held["last_effective_ranks"]) == 2
+
+
+def test_modules_stand_in_the_order_of_the_model(run: tuple[Path, list[dict[str, np.ndarray]]]) -> None:
+    found = load_run(run[0])
+    order = [record.module for record in found.manifest.modules]
+    table = apply_measures(found, ["conditioning"])["factors"]
+    assert list(table.loc[table["step"] == 3, "module"].unique()) == order
+    assert list(describe_run(found)["last_effective_ranks"]) == order
+
+
+@pytest.mark.parametrize("name", ["effective_rank", "spectra", "norms", "noise", "grad_norm", "noise_scale"])
+def test_what_the_tracker_records_is_no_measure(name: str, run: tuple[Path, list[dict[str, np.ndarray]]]) -> None:
+    with pytest.raises(InputError, match="what the tracker records itself"):
+        apply_measures(load_run(run[0]), [name])
+
+
+OWN = """
+import numpy as np
+from linchain_analysis.measures.registry import measure, spectral_measure
+from linchain_analysis.vocabulary import Column
+
+@measure(Column("factors", "largest_entry", "float", "weight", "max |F_i|", ""))
+def measure_largest(cores):
+    return {"largest_entry": np.stack([abs(f).max(axis=(1, 2)) for f in cores.before], axis=1)}
+
+@spectral_measure("σ₂/σ₁", unit="1")
+def second_share(sigma):
+    return sigma[..., 1] / sigma[..., 0]
+"""
+
+
+def test_measures_in_a_file_of_ones_own(
+    run: tuple[Path, list[dict[str, np.ndarray]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.all_measures()
+    monkeypatch.setattr(registry, "_FOUND", dict(registry._FOUND))
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    path, deltas = run
+    for _ in range(2):
+        done = CliRunner().invoke(app, [str(path), "--measure", "own.py"])
+        assert done.exit_code == 0, done.output
+    assert Path("audit-run-own-2").is_dir()
+    table = pd.read_parquet("audit-run-own/modules.parquet")
+    for row in table.itertuples():
+        sigma = np.linalg.svd(deltas[row.step - 1][row.module], compute_uv=False)
+        assert row.second_share == pytest.approx(sigma[1] / sigma[0], rel=1e-4)
+    assert len(pd.read_parquet("audit-run-own/factors.parquet")) == 24
+    schema = pq.read_schema("audit-run-own/modules.parquet")
+    assert schema.field("second_share").metadata[b"meaning"].decode() == "σ₂/σ₁"
+    for text, word in (
+        ("x = 1", "got none"),
+        ("1 / 0", "ZeroDivisionError"),
+        (OWN.replace("largest", "orders"), "'orders'"),
+    ):
+        Path("bad.py").write_text(text)
+        done = CliRunner().invoke(app, [str(path), "--measure", "bad.py"])
+        assert done.exit_code == 2 and word in done.stderr, done.output
+    done = CliRunner().invoke(app, [str(path), "--measure", "nowhere.py"])
+    assert done.exit_code == 2 and "no such file" in done.stderr
+
+
+def test_wide_tables_are_split_and_words_kept(
+    run: tuple[Path, list[dict[str, np.ndarray]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    measures = [part for name in ("orders", "conditioning", "numerical_rank") for part in ("--measure", name)]
+    done = CliRunner().invoke(app, [str(run[0]), *measures, "--out", str(tmp_path / "found")])
+    assert done.exit_code == 0, done.output
+    assert "modules below: model.layers.…" in done.stdout and "0.self_attn.q_proj" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for word in ("interaction", "condition", "numerical", "cosine"):
+        assert f" {word}" in done.stdout
+
+
+def test_a_run_without_spectra_shows_norms(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(small_models.llama(), LinChainConfig(r=3, chain_length=1, target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with Tracker(model, optimizer, tmp_path / "run", preset="light", strict=True):
+        model(**small_models.batch("llama", seed=0)).loss.backward()
+        optimizer.step()
+    held = describe_run(load_run(tmp_path / "run"))
+    assert "effective_rank" not in held["columns"]["modules"] and "delta_norm" in held["columns"]["modules"]
+    assert not held["last_effective_ranks"] and len(held["last_delta_norms"]) == 2
+    done = CliRunner().invoke(app, [str(tmp_path / "run")])
+    assert "‖ΔW‖ at the last step" in done.stdout and "effective rank" not in done.stdout
 
 
 def test_a_run_without_snapshots_says_how_to_record_them(tmp_path: Path) -> None:

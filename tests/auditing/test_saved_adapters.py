@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from linchain_analysis import LinChainConfig
+from linchain_analysis.adapters.methods import method_config
 from linchain_analysis.auditing import read_adapter, read_adapters
 from linchain_analysis.auditing.modules import tabulate_modules
 from linchain_analysis.auditing.spectra import decompose
@@ -216,6 +217,19 @@ def test_files_that_do_not_belong_together(save: Any, tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="a safetensors file"):
         read_adapter(tmp_path / "a")
+
+
+def test_modules_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(12)))
+    get_peft_model(model, LoraConfig(r=2, target_modules=r"\d+")).save_pretrained(tmp_path)
+    assert [chain.module for chain in read_adapter(tmp_path).chains] == [str(number) for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-4", "moslora-4", "linchain-3-4", "linchain-2-8", "linchain-2-8-w8", "linchain-3-4-w6-he"]
+)
+def test_methods_have_the_names_they_are_made_by(name: str, save: Any) -> None:
+    assert read_adapter(save("llama", method_config(name, ["q_proj"]), steps=0)).method == name
 
 
 def test_grouped_convolutions_are_refused(tmp_path: Path) -> None:

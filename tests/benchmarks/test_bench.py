@@ -56,6 +56,8 @@ def test_quick_growth_with_its_rows_and_figure(tmp_path: Path) -> None:
     done = bench("--quick", "--only", "growth", "--json", tmp_path / "rows.json", "--figures", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
     assert "torch" in done.stdout.splitlines()[0]
+    assert "missed" not in done.stdout  # small sizes are not judged
+    assert "targets met" not in done.stdout
     rows = check_rows(tmp_path / "rows.json")
     assert [row["name"] for row in rows if row["target"] is not None] == [
         "growth/modules/slope",
@@ -63,13 +65,22 @@ def test_quick_growth_with_its_rows_and_figure(tmp_path: Path) -> None:
     ]
     assert {row["unit"] for row in rows} == {"milliseconds", "ratio"}
     cost = tmp_path / "figures" / "cost"
-    assert {file.name for file in cost.iterdir()} == {"figure.pdf", "figure.png", "drawn.csv", "provenance.json"}
+    assert {file.name for file in cost.iterdir()} == {
+        *("figure.pdf", "figure.png", "drawn.csv", "caption.txt", "provenance.json"),
+    }
     drawn = pd.read_csv(cost / "drawn.csv")
     assert set(drawn["panel"]) == {"over-target", "growth"}
     assert set(drawn["name"]) == {row["name"] for row in rows} - {"growth/rank/slope"}
     provenance = json.loads((cost / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["command"][:3] == ["python", "-m", "linchain_analysis.bench"]
     assert provenance["machine"] in provenance["caption"]
+
+
+def test_the_profiler_is_silent() -> None:
+    done = bench("--quick", "--only", "memory", "--pairs", "1")
+    assert done.returncode == 0, done.stderr
+    for line in ("profiler_start", "CPUAllocator.cpp"):
+        assert line not in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -145,6 +145,15 @@ def test_sampled_columns_are_drawn_where_they_are_known(tmp_path: Path) -> None:
     assert "ends" not in drawn.caption
 
 
+@pytest.mark.parametrize(("num_known", "marker"), [(2, "o"), (25, "o"), (26, "None")])
+def test_few_known_steps_are_marked(num_known: int, marker: str, tmp_path: Path) -> None:
+    steps = range(1, 2 * num_known + 1)
+    write_modules(tmp_path, [[step / 10 if step % 2 else np.nan for step in steps]], steps=steps)
+    (line,) = plot_measure(runs_in(tmp_path), "own").figure.axes[0].get_lines()
+    assert len(line.get_xdata()) == num_known  # type: ignore[arg-type]
+    assert line.get_marker() == marker
+
+
 def test_a_module_where_it_is_undefined_is_left_out_and_the_caption_says_so(tmp_path: Path) -> None:
     write_modules(tmp_path, [[0.5, 0.5], [np.nan, 0.1]])
     drawn = plot_measure(runs_in(tmp_path), "own")
@@ -232,7 +241,7 @@ def test_lists_have_one_panel_for_each_entry(tmp_path: Path) -> None:
     write(tmp_path, {"modules": longer}, columns, method="moslora-2")
     drawn = plot_measure(runs_in(tmp_path), "order_ratios")
     found = drawn.table.set_index(["panel", "method", "step"])["mean"]
-    assert [axes.get_title() for axes in drawn.figure.axes] == ["entry 1", "entry 2", "entry 3"]
+    assert [axes.get_title() for axes in drawn.figure.axes] == ["order 1", "order 2", "order 3"]
     assert found["2", "lora-2", 2] == pytest.approx(0.02, rel=1e-6)  # stored as float32
     assert found["3", "moslora-2", 1] == pytest.approx(0.1, rel=1e-6)
     assert len(found) == 7

@@ -68,6 +68,7 @@ def test_finetune_refuses_bad_input_in_one_line(arguments: list[str], complaint:
     code, output = call(finetune_door, "--out", tmp_path / "run", *arguments)
     assert code == 2
     assert complaint in output
+    assert "started" not in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 

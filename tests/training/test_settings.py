@@ -41,6 +41,7 @@ class Defaults:
         ("dropout", 1.0, r"dropout: expected a number in \[0, 1\), got 1.0"),
         ("schedule", "steep", "schedule: expected one of linear, cosine, constant, got 'steep'"),
         ("preset", "heavy", "preset: expected one of light, standard, full, got 'heavy'"),
+        ("preset", "ful", "preset: expected one of light, standard, full, got 'ful'; did you mean 'full'"),
         ("every", 0, "every: expected a whole number of at least 1, got 0"),
         ("every", "now", "every: expected a whole number of at least 1, got 'now'"),
     ],
