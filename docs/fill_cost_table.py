@@ -26,6 +26,17 @@ def make_table(rows: list[dict]) -> str:
         lines.append(
             f"| `{row['name']}` | {tell(row['ratio_median'])}{unit} | {quartiles} | ≤ {tell(row['target'])} | {met} |"
         )
+    growth = [row for row in rows if row["name"].startswith("growth/") and row["unit"] == "milliseconds"]
+    if growth:
+        lines += ["", "The tracker's milliseconds a step (`standard`, gradients given), one size varied at a time:", ""]
+        lines += ["| " + " | ".join(row["name"].removeprefix("growth/").replace("/", " ") for row in growth) + " |"]
+        lines += ["|" + "---|" * len(growth), "| " + " | ".join(tell(row["ratio_median"]) for row in growth) + " |"]
+    for row in rows:
+        told = (row["name"], tell(row["ratio_median"]), tell(row["ratio_q25"]), tell(row["ratio_q75"]))
+        if row["name"].startswith("tracker/none/"):
+            lines += ["", "Untracked over untracked, the noise of such ratios (`{}`): {}×, {} … {}.".format(*told)]
+        elif row["name"].endswith("/cpu-share"):
+            lines += ["", "The tracker's own CPU time beside that of the step (`{}`): {}×, {} … {}.".format(*told)]
     machines = sorted({row["machine"] for row in rows})
     return "\n".join([*lines, "", f"Measured on: {'; '.join(machines)}."])
 
