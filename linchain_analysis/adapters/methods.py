@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -15,7 +15,7 @@ from linchain_analysis.errors import InputError
 FORMS = "lora-R, moslora-R[-INIT], linchain-N-R[-wWIDTH][-INIT]"
 
 # The paper's LinChain-2-8 has the inner width 16 (its section 4.1); every other name without a width is square.
-_PAPER_WIDTHS = {(2, 8): 16}
+_PAPER_WIDTHS: dict[tuple[object, object], int] = {(2, 8): 16}
 
 _LORA = re.compile(r"lora-(?P<rank>[1-9]\d*)")
 _MOSLORA = re.compile(rf"moslora-(?P<rank>[1-9]\d*)(-(?P<init>{'|'.join(CHAIN_INITS)}))?")
@@ -61,6 +61,27 @@ def method_config(name: str, target_modules: Sequence[str] | str | None = None, 
         "chain_init": match["init"] or "kaiming",
     }
     return LinChainConfig(**{**options, **overrides})
+
+
+def method_name(options: Mapping[str, Any]) -> str:
+    """Return the name of the method that a PEFT configuration describes: the inverse of `method_config`.
+
+    Args:
+        options: The configuration's options by name, as an object has them or as its JSON file says them.
+    """
+    kind = str(getattr(options["peft_type"], "value", options["peft_type"])).lower()
+    rank = options.get("r")
+    if kind != "linchain":
+        start = options.get("init_lora_weights", True)
+        parts = [kind if rank is None else f"{kind}-{rank}"]
+        parts += [variant for variant in ("rslora", "dora") if options.get(f"use_{variant}")]
+        return "-".join([*parts, start.lower()] if isinstance(start, str) else parts)
+    length, width = options.get("chain_length", 1), options.get("chain_width") or rank
+    name = f"moslora-{rank}" if length == 1 else f"linchain-{length}-{rank}"
+    if width != _PAPER_WIDTHS.get((length, rank), rank):
+        name += f"-w{width}"
+    init = options.get("chain_init", "kaiming")
+    return name if init == "kaiming" else f"{name}-{init}"
 
 
 def _unknown(name: object) -> InputError:

@@ -121,8 +121,7 @@ def _apply(measure: Measure, cores: Cores) -> Values:
     core = cores.update if measure.source == "delta_update_spectrum" else cores.delta
     sigma = spectrum(core)
     if measure.source == "spectrum" and cores.since_start is None:
-        widths = [factor.shape[2] for factor in cores.before[:-1]]
-        sigma = sigma[:, : min(*cores.size, *widths)]  # what lies beyond is zero up to rounding
+        sigma = sigma[:, : min(cores.dims)]  # what lies beyond is zero up to rounding
     return {measure.columns[0].name: np.asarray(measure.function(sigma))}
 
 

@@ -20,6 +20,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from linchain_analysis.adapters.methods import method_name
 from linchain_analysis.auditing.refusals import CHAIN_TYPES, find_other_changes, find_refusal
 from linchain_analysis.errors import InputError
 from linchain_analysis.measures.spectral import Array
@@ -99,7 +100,7 @@ class SavedAdapter:
     @property
     def method(self) -> str:
         """The method's name, such as `lora-8` or `linchain-3-8`, as the tracker writes it into a run."""
-        return _name_method(self.config)
+        return method_name(self.config)
 
     def read(self, chain: SavedChain) -> tuple[Array, ...]:
         """Return A (d_in, w_0), W1 … Wn and B (w_n, d_out) of one matrix as float64, which every stored value is."""
@@ -143,22 +144,6 @@ def read_adapter(folder: Path, name: str | None = None) -> SavedAdapter:
 def natural_key(text: str) -> list[tuple[str, int]]:
     """Return a sort key under which checkpoint-200 stands before checkpoint-1000, and layer 2 before layer 10."""
     return [(words, int(digits or 0)) for words, digits in re.findall(r"([^\d]*)(\d*)", text)]
-
-
-def _name_method(config: Mapping[str, Any]) -> str:
-    kind, rank = str(config["peft_type"]).lower(), config.get("r")
-    if kind != "linchain":
-        start = config.get("init_lora_weights", True)
-        parts = [kind if rank is None else f"{kind}-{rank}"]
-        parts += [option for option in ("rslora", "dora") if config.get(f"use_{option}")]
-        return "-".join([*parts, start.lower()] if isinstance(start, str) else parts)
-    length, width = config.get("chain_length", 1), config.get("chain_width") or rank
-    name = f"moslora-{rank}" if length == 1 else f"linchain-{length}-{rank}"
-    # The plain name of linchain-2-8 means the paper's 8→16→8.
-    if width != (16 if (length, rank) == (2, 8) else rank):
-        name += f"-w{width}"
-    init = config.get("chain_init", "kaiming")
-    return name if init == "kaiming" else f"{name}-{init}"
 
 
 def _refuse_pickle(folder: Path) -> None:

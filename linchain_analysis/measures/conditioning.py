@@ -57,9 +57,7 @@ _RESOLVED = 1e6
 )
 def measure_conditioning(cores: Cores) -> Values:
     """Take condition numbers of factors, of the products before and behind them, and of the chain."""
-    factors = cores.after
-    # F_i has dims[i] rows and dims[i + 1] columns in the full chain.
-    dims = [cores.size[0], *(factor.shape[2] for factor in factors[:-1]), cores.size[1]]
+    factors, dims = cores.after, cores.dims
     one = np.ones(len(cores))
     lefts, rights = prefixes(factors), suffixes(factors)
     own = [_condition(f, min(dims[i : i + 2])) for i, f in enumerate(factors)]

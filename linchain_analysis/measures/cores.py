@@ -99,6 +99,11 @@ class Cores:
         """m = n + 2."""
         return len(self.before)
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """d_in, w_0, …, w_n, d_out: factor i of the full chain has dims[i] rows and dims[i + 1] columns."""
+        return (self.size[0], *(factor.shape[2] for factor in self.before[:-1]), self.size[1])
+
     @cached_property
     def after(self) -> Factors:
         """The factors after the step."""

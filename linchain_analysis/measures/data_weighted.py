@@ -37,7 +37,7 @@ _MOMENT = "during the last forward pass before a sampled step"
 )
 def measure_data_weighted(cores: Cores) -> Values:
     """Take the spectrum of delta as the layer's inputs see it."""
-    length = min([cores.size[0], *(factor.shape[2] for factor in cores.before[:-1]), cores.size[1]])
+    length = min(cores.dims)
     sigma = np.full((len(cores), length), np.nan)
     if cores.tokens is not None and cores.since_start is None:
         count = np.where(cores.tokens.num_tokens > 0, cores.tokens.num_tokens, np.nan)

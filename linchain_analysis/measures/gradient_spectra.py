@@ -35,8 +35,7 @@ from linchain_analysis.vocabulary import Column
 )
 def measure_gradient_spectra(cores: Cores) -> Values:
     """Take the singular values and the effective rank of each factor's gradient."""
-    widths = [factor.shape[2] for factor in cores.before[:-1]]
-    dims = [cores.size[0], *widths, cores.size[1]]
+    dims = cores.dims
     longest = max(min(dims[i : i + 2]) for i in range(cores.num_factors))
     found = np.full((len(cores), cores.num_factors, longest), np.nan)
     for i, gradient in enumerate(cores.gradient or ()):

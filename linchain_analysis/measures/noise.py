@@ -10,7 +10,7 @@ square is the mean of |g|² over them and the big one that of their mean gradien
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,27 @@ def gradient_noise(
     )
 
 
+@dataclass
+class MovingAverage:
+    """An exponential moving average corrected for its start: Σ_i decay^(t−i) x_i / Σ_i decay^(t−i).
+
+    Attributes:
+        value: The average so far, of any shape; 0 before anything is added.
+        weight: (1 − decay) Σ_i decay^(t−i), where values were observed.
+    """
+
+    value: Array
+    weight: Array = field(default_factory=lambda: np.zeros(()))
+
+    def add(self, value: Array, observed: Any, decay: float) -> Array:
+        """Add a value where it is observed, and return the average, NaN where nothing has been observed yet."""
+        self.weight = np.where(observed, decay * self.weight + (1 - decay), self.weight)
+        gain = (1 - decay) / np.where(self.weight > 0, self.weight, 1.0)
+        # The corrected average itself is carried, so that a constant stays that constant to the last digit.
+        self.value = np.where(observed, self.value + gain * (value - self.value), self.value)
+        return np.where(self.weight > 0, self.value, np.nan)
+
+
 def smooth(noise: GradientNoise, *, decay: float = 0.99) -> GradientNoise:
     """Return exponential moving averages of |G|² and of tr Σ along the last axis, each with its own.
 
@@ -96,12 +117,7 @@ def smooth(noise: GradientNoise, *, decay: float = 0.99) -> GradientNoise:
         raise InputError("noise", expected="an axis of steps", got="single numbers", do="give one estimate per step")
     observed = np.isfinite(values).all(axis=0)
     averages = np.empty_like(values)
-    average, weight = np.zeros(values.shape[:-1]), np.zeros(values.shape[1:-1])
+    average = MovingAverage(np.zeros(values.shape[:-1]))
     for step in range(values.shape[-1]):
-        seen = observed[..., step]
-        weight = np.where(seen, decay * weight + (1 - decay), weight)
-        gain = (1 - decay) / np.where(weight > 0, weight, 1.0)
-        # The corrected average itself is carried, so that a constant stays that constant to the last digit.
-        average = np.where(seen, average + gain * (values[..., step] - average), average)
-        averages[..., step] = np.where(weight > 0, average, np.nan)
+        averages[..., step] = average.add(values[..., step], observed[..., step], decay)
     return GradientNoise(gradient_square=averages[0], noise_trace=averages[1])

@@ -1,6 +1,7 @@
 """Read a live model: any LoRA-like adapter as a chain, its factors and gradients reduced to small cores."""
 
 from linchain_analysis.probes.chains import Chain, Factor, find_chains
+from linchain_analysis.probes.methods import name_method
 from linchain_analysis.probes.reading import ChainReader, Reading, Wanted
 
-__all__ = ["Chain", "ChainReader", "Factor", "Reading", "Wanted", "find_chains"]
+__all__ = ["Chain", "ChainReader", "Factor", "Reading", "Wanted", "find_chains", "name_method"]

@@ -30,8 +30,7 @@ def _base_norm(chain: Chain) -> torch.Tensor | None:
     plain = torch.linalg.vector_norm(weight.detach().float())
     if not bool(torch.isfinite(plain)):
         return None
-    factors = [factor.matrix(factor.parameter.detach()).float() for factor in chain.factors]
-    views = [factor.mT if chain.factors[i].transposed else factor for i, factor in enumerate(factors)]
+    views = [factor.view(factor.parameter.detach()).float() for factor in chain.factors]
     if chain.refused or any(not bool(view.any()) for view in views):
         return torch.as_tensor(plain)
     # An adapter whose product is not zero at the start (PiSSA, …) holds a part of the weight.

@@ -55,6 +55,11 @@ class Factor:
         """Return `tensor` (the parameter, its gradient, …) as the stored matrix (p, q)."""
         return tensor.reshape(self.stored_shape)
 
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` (the parameter, its gradient, …) in chain view, the input side first."""
+        matrix = self.matrix(tensor)
+        return matrix.mT if self.transposed else matrix
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:

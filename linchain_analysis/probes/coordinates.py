@@ -16,7 +16,7 @@ from linchain_analysis.probes.groups import Group, Shelf
 
 
 def split_columns(shelf: Shelf, small: Mapping[int, Mapping[str, Array]], *, gradients: bool) -> dict[str, Array]:
-    """Return each part of the factors on a shelf in small coordinates, and `end`, R of each outer factor alone.
+    """Return each part of the factors on a shelf in small coordinates; of outer ones without a start R alone, as `end`.
 
     Inner factors are in chain view, outer ones have their long side, made short, first.
 
@@ -30,10 +30,9 @@ def split_columns(shelf: Shelf, small: Mapping[int, Mapping[str, Array]], *, gra
         return dict(found[0])
     gram = _join([part["gram"] for part in found])
     parts = _split(gram, ["before", "change", *["gradient"] * gradients])
-    parts["end"] = _end(gram, shelf.stacks[0].width)
     if shelf.initial:
-        parts |= _split(_join([part["start_gram"] for part in found]), ["start", "since_start"])
-    return parts
+        return parts | _split(_join([part["start_gram"] for part in found]), ["start", "since_start"])
+    return parts | {"end": _end(gram, shelf.stacks[0].width)}
 
 
 def _join(arrays: list[Array]) -> Array:
@@ -70,11 +69,10 @@ def small_chains(
             if name == "gradient":
                 part = np.where(present[group.rows[:, i]][:, None, None], part, np.nan)
             columns[name] += (np.swapaxes(part, 1, 2) if i == group.num_factors - 1 else part,)
-    (first, first_places), (last, last_places) = group.places[0], group.places[-1]
     if group.has_initial:
         columns["start_scale"] = group.initial_scales
-    elif "end" in parts[first] and "end" in parts[last]:
-        columns["ends"] = parts[first]["end"][first_places], parts[last]["end"][last_places]
+    else:
+        columns["ends"] = tuple(parts[shelf]["end"][places] for shelf, places in (group.places[0], group.places[-1]))
     parameter = group.chains[0].factors[0].parameter
     return Cores(
         scale=group.scales(),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from linchain_analysis.measures.spectral import Array
 from linchain_analysis.probes.chains import Chain
-from linchain_analysis.probes.host import Scratch
+from linchain_analysis.probes.host import Scratch, readable
 from linchain_analysis.probes.stacks import FactorStack, Place
 
 Integers = NDArray[np.int_]
@@ -183,5 +183,4 @@ def _place(chain: Chain, i: int) -> Place:
 
 def _chain_view(chain: Chain, i: int) -> torch.Tensor:
     factor = chain.factors[i]
-    stored = factor.matrix(factor.parameter.detach()).to("cpu" if factor.parameter.device.type == "mps" else None)
-    return (stored.mT if factor.transposed else stored).double()
+    return readable(factor.view(factor.parameter.detach())).double()

@@ -126,11 +126,6 @@ class ChainReader:
     def _keeps_gradients(self) -> bool:
         return self._wanted.cosines or self._wanted.gradients
 
-    @property
-    def _takes_gradients(self) -> bool:
-        """Whether gradients take part in the small coordinates."""
-        return self._wanted.gradients
-
     @torch.no_grad()
     def keep_initial(self) -> dict[str, NDArray[np.floating]]:
         """Remember where training begins; called before the first step.
@@ -194,7 +189,7 @@ class ChainReader:
         """
         with _plain_arithmetic(self.chains), np.errstate(over="ignore", invalid="ignore"):
             for stack in self._stacks:
-                stack.read_after(self._copy, gradients=self._takes_gradients)
+                stack.read_after(self._copy, gradients=self._wanted.gradients)
             values = self._copy.fetch(extra)
             reading = self._assemble(rates or {})
             self._copy.release()
@@ -219,7 +214,7 @@ class ChainReader:
             present[stack.rows], had[stack.rows] = stack.has_gradient, stack.had_gradient
         factors, descent = self._factor_columns(found, present, had)
         columns = _Deltas(np.full(k, _NAN), np.full(k, _NAN), [None] * k, [None] * k)
-        parts = [split_columns(shelf, small, gradients=self._takes_gradients) for shelf in self._shelves]
+        parts = [split_columns(shelf, small, gradients=self._wanted.gradients) for shelf in self._shelves]
         for g, group in enumerate(self._groups):
             self._fill_delta(columns, parts, present, g, group, rates)
         return Reading(
@@ -278,7 +273,7 @@ class ChainReader:
             known["learning_rate"] = np.array(
                 [[rates.get(id(factor.parameter), _NAN) for factor in chain.factors] for chain in group.chains]
             )
-        cores = small_chains(group, parts, present, gradients=self._takes_gradients, **known)
+        cores = small_chains(group, parts, present, gradients=self._wanted.gradients, **known)
         if self._wanted.spectra:
             lengths = group.spectrum_lengths()
             for store, norms, core, length in (

@@ -80,7 +80,6 @@ class FactorStack:
         self._direct = all(p.dtype == self._dtype and p.device == self.device for p in self._parameters)
         self._gradients: Tensor | None = None  # of the last recorded step; from `read_before` on, of this one
         self._spare: Tensor | None = None  # this step's gradients until then, and from then on factors before the step
-        self._num_kept = 0
         self._last_presence = self.has_gradient
         self._previous_squares: Array | None = None
         self._results: dict[str, Tensor] = {}
@@ -125,7 +124,7 @@ class FactorStack:
         grads = [parameter.grad for parameter in self._parameters]
         self.has_gradient = np.array([grad is not None for grad in grads])
         squares = self._result(copy, "gg", ())
-        products = self._result(copy, "gh", ()) if keep and self._num_kept > 0 else None
+        products = self._result(copy, "gh", ()) if keep and self._gradients is not None else None
         if not self.has_gradient.any():
             squares.zero_()
             if products is not None:
@@ -161,7 +160,6 @@ class FactorStack:
         if keep:
             # The copy of the factors takes the place of the last gradients: two copies are enough.
             self._gradients, self._spare = self._spare, self._gradients
-            self._num_kept += 1
         self._gather(self._values(), self._fresh())
 
     def read_after(self, copy: HostCopy, *, gradients: bool) -> None:

@@ -161,11 +161,7 @@ def look_at_tokens(
     wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     x = readable(inputs.detach()).reshape(-1, inputs.shape[-1]).to(wide)
     d = readable(gradient.detach()).reshape(-1, gradient.shape[-1]).to(wide)
-    factors = [
-        (matrix.mT if factor.transposed else matrix).double()
-        for factor in chain.factors
-        for matrix in [readable(factor.matrix(factor.parameter.detach()))]
-    ]
+    factors = [readable(factor.view(factor.parameter.detach())).double() for factor in chain.factors]
     first = factors[0]
     if not all(bool(factor.isfinite().all()) for factor in factors):
         return first.new_full((len(_NUMBERS),), torch.nan), first.new_full((first.shape[1],) * 2, torch.nan)

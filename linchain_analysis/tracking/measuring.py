@@ -62,6 +62,12 @@ class Measuring:
         self._last_sample: int | None = None
         self._last_snapshot: int | None = None
         self._links = [_link_names(chain) for chain in chains]
+        self._counts = {  # rows of each chain, by table
+            "modules": [1] * len(self._chains),
+            "factors": [len(chain.factors) for chain in self._chains],
+            "links": [len(links) for links in self._links],
+        }
+        self._offsets = {table: np.concatenate([[0], np.cumsum(n)]).astype(int) for table, n in self._counts.items()}
 
     @property
     def wanted(self) -> Wanted:
@@ -104,16 +110,11 @@ class Measuring:
         if sampled:
             self._last_sample = step
         tables: dict[str, dict[str, Any]] = {"modules": {}, "factors": {}, "links": {}}
-        counts = {
-            "modules": [1] * len(self._chains),
-            "factors": [len(chain.factors) for chain in self._chains],
-            "links": [len(links) for links in self._links],
-        }
         for measure in self.selection.measures:
             if (measure.sampled and not sampled) or measure.name in self._failed:
                 continue
             try:
-                self._take(measure, reading, tables, counts)
+                self._take(measure, reading, tables)
             except Exception as error:  # one measure of many, perhaps the user's own
                 if self.strict:
                     raise
@@ -164,25 +165,22 @@ class Measuring:
             self._num_thinnings += 1
         return True
 
-    def _take(
-        self, measure: Measure, reading: Reading, tables: dict[str, dict[str, Any]], counts: Mapping[str, list[int]]
-    ) -> None:
-        kinds = {column.name: column for column in measure.columns}
-        offsets = {table: np.concatenate([[0], np.cumsum(lengths)]) for table, lengths in counts.items()}
+    def _take(self, measure: Measure, reading: Reading, tables: dict[str, dict[str, Any]]) -> None:
         for members, cores in reading.cores:
             values = measure.function(cores)
-            for name, column in kinds.items():
+            for column in measure.columns:
+                name, num_rows = column.name, int(self._offsets[column.table][-1])
                 value = _checked(measure, name, values, column.table, cores)
-                rows = _row_numbers(offsets[column.table], members, counts[column.table])
+                rows = _row_numbers(self._offsets[column.table], members, self._counts[column.table])
                 whole = tables[column.table].get(name)
                 if column.kind in ("spectrum", "values"):
                     if whole is None:
-                        whole = tables[column.table][name] = [None] * int(offsets[column.table][-1])
+                        whole = tables[column.table][name] = [None] * num_rows
                     for row, entry in zip(rows, value.reshape(len(rows), -1), strict=True):
                         whole[row] = entry
                 else:
                     if whole is None:
-                        whole = np.full(int(offsets[column.table][-1]), np.nan)
+                        whole = np.full(num_rows, np.nan)
                         tables[column.table][name] = whole
                     whole[rows] = value.reshape(-1)
 

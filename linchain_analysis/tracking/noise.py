@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
-from linchain_analysis.measures.noise import gradient_noise
+from linchain_analysis.measures.noise import MovingAverage, gradient_noise
 from linchain_analysis.tracking.gradients import norm_of_gradients
 
 _DECAY = 0.99
@@ -23,8 +23,7 @@ class NoiseScale:
     def __init__(self) -> None:
         self._first: Tensor | None = None
         self._num_passes = 0
-        self._average = np.zeros(2)  # of |G|² and tr Σ
-        self._weight = 0.0
+        self._average = MovingAverage(np.zeros(2))  # of |G|² and tr Σ
 
     @property
     def first_norm(self) -> Tensor | None:
@@ -53,9 +52,6 @@ class NoiseScale:
         passes = float(self._num_passes)
         found = gradient_noise((first_norm * passes) ** 2, grad_norm**2, 1.0, passes)
         both = np.array([float(found.gradient_square), float(found.noise_trace)])
-        if np.isfinite(both).all():
-            self._weight = _DECAY * self._weight + (1 - _DECAY)
-            self._average += (1 - _DECAY) / self._weight * (both - self._average)
-        square, trace = self._average
-        scale = trace / square if self._weight > 0 and square > 0 else _NAN
+        square, trace = self._average.add(both, np.isfinite(both).all(), _DECAY)
+        scale = trace / square if square > 0 else _NAN
         return {"noise_gradient_square": [both[0]], "noise_trace": [both[1]], "noise_scale": [scale]}

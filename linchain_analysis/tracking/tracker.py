@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.probes import find_chains
+from linchain_analysis.probes import find_chains, name_method
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
 from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, open_writer, writes_here
 from linchain_analysis.tracking.measuring import Measuring
-from linchain_analysis.tracking.methods import name_method
 from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, select
 from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.rows import module_records
