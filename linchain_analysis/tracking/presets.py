@@ -136,7 +136,7 @@ def _custom(names: Sequence[str | Callable[..., object]]) -> Selection:
             continue
         found = _find(name)
         if found.level == "reading":  # computed from spectra when they are read
-            built_in.add("spectra" if found.source == "spectrum" else found.source)
+            built_in.add("spectra")
         else:
             chosen[found.name] = found
     return Selection(

@@ -1061,6 +1061,8 @@ def test_measures_stand_in_for_a_preset_or_beside_it() -> None:
     assert (alone.spectra, [measure.name for measure in alone.measures]) == (False, ["orders"])
     assert (beside.spectra, beside.cosines, [measure.name for measure in beside.measures]) == (True, True, ["orders"])
     assert len(select("full", ["orders"]).measures) == len(select("full").measures)
+    for name in ("participation_ratio", "delta_update_stable_rank"):  # computed from spectra, of delta or of its update
+        assert select(None, [name]).spectra
 
 
 def one_layer(frozen: str = "") -> tuple[nn.Module, Any, list[nn.Parameter]]:
