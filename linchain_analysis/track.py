@@ -43,6 +43,16 @@ def parse(
         ),
     ] = None,
     every: Annotated[str, typer.Option(help='Record each N-th step whole, or "auto" to stay under 200 MB.')] = "auto",
+    include: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Record only modules in whose name it is found.")
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Leave out modules in whose name it is found.")
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="tensorboard|wandb|trackio", help="Mirror the scalars there; may be given several times."),
+    ] = None,
     measures: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +66,7 @@ def parse(
 ) -> None:
     """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""
     chosen = None if measures is None else tuple(name.strip() for name in measures.split(","))
-    recording = Recording(preset, every, chosen, sample_every, snapshot_every)
+    recording = Recording(preset, every, chosen, sample_every, snapshot_every, include, exclude, tuple(report_to or ()))
     _REQUESTS.append(Request(target, arguments or [], is_module, out, recording))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,6 +115,22 @@ def find_chains(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
             chains = [replace(chain, module=f"{chain.module}@{chain.adapter}") for chain in chains]
         found += chains
     return found
+
+
+def choose_chains(chains: Sequence[Chain], include: str | None = None, exclude: str | None = None) -> list[Chain]:
+    """Return the chains whose module's name has a match of `include` and none of `exclude`.
+
+    Args:
+        chains: Among which.
+        include: A regular expression, found anywhere in the name; None for all.
+        exclude: The same; None for none.
+    """
+    return [
+        chain
+        for chain in chains
+        if (include is None or re.search(include, chain.module))
+        and (exclude is None or not re.search(exclude, chain.module))
+    ]
 
 
 def _trains(chain: Chain, optimized: set[int]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from linchain_analysis.measures.cores import Cores, norm
 from linchain_analysis.measures.spectral import Array, frobenius_norm, spectrum
 from linchain_analysis.probes.base import base_norms
-from linchain_analysis.probes.chains import Chain
+from linchain_analysis.probes.chains import Chain, Factor
 from linchain_analysis.probes.coordinates import small_chains, split_columns
 from linchain_analysis.probes.groups import Group, Shelf, stack_chains
 from linchain_analysis.probes.host import HostCopy
@@ -46,6 +46,22 @@ class Wanted:
     gradients: bool = False
     squares: bool = False
     base: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training began, as far as it is needed later.
+
+    Attributes:
+        factors: The factors in chain view, by `module/factor`, of every chain whose product was not zero.
+        squares: F_iᵀF_i and F_{i+1}F_{i+1}ᵀ of each pair of neighbours, by `module/i/left` and `module/i/right`;
+            empty where no measure needs them.
+        scales: The scales, by module.
+    """
+
+    factors: Mapping[str, NDArray[np.floating]]
+    squares: Mapping[str, NDArray[np.floating]]
+    scales: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -127,26 +143,70 @@ class ChainReader:
         return self._wanted.cosines or self._wanted.gradients
 
     @torch.no_grad()
-    def keep_initial(self) -> dict[str, NDArray[np.floating]]:
+    def keep_start(self, known: Start | None = None) -> Start:
         """Remember where training begins; called before the first step.
 
+        Args:
+            known: Where it began, if it goes on from a checkpoint; else it begins now.
+
         Returns:
-            The factors of every chain whose product is not zero now, from which delta is measured, in chain view and
-            keyed `module/factor`, for the run folder; empty where every product is zero.
+            What the run folder has to keep for a training that will go on from a checkpoint. Its `factors` are empty
+            where every product is zero: delta is then the product itself.
         """
-        starts = [chain.refused is None and not _vanishes(chain) for chain in self.chains]
+        if known is None:
+            starts = [chain.refused is None and not _vanishes(chain) for chain in self.chains]
+        else:
+            starts = [f"{chain.module}/{chain.factors[0].name}" in known.factors for chain in self.chains]
         self._stack(starts)
-        if self._wanted.squares:
+        if known is not None:
+            self._set_start(known, starts)
+        elif self._wanted.squares:
             self._start_squares = [group.squares() for group in self._groups]
         if self._wanted.base:
-            self._base_norms = base_norms(self.chains)
-        homes = self._homes() if any(starts) else {}
-        kept = {}
-        for chain, offset, start in zip(self.chains, self._offsets, starts, strict=True):
-            for i, factor in enumerate(chain.factors if start else ()):
-                stack, j = homes[int(offset) + i]
-                kept[f"{chain.module}/{factor.name}"] = stack.initial(j)
-        return kept
+            self._base_norms = base_norms(self.chains, None if known is None else known.factors)
+        return known or Start(
+            {
+                f"{self.chains[c].module}/{factor.name}": stack.initial(j)
+                for c, factor, stack, j in self._places()
+                if starts[c]
+            },
+            {
+                f"{chain.module}/{i}/{side}": square[k]
+                for group, squares in zip(self._groups, self._start_squares, strict=False)
+                for i, pair in enumerate(squares)
+                for side, square in zip(("left", "right"), pair, strict=True)
+                for k, chain in enumerate(group.chains)
+            },
+            {chain.module: chain.scale for chain in self.chains},
+        )
+
+    def _set_start(self, known: Start, starts: Sequence[bool]) -> None:
+        for c, factor, stack, j in self._places():
+            if starts[c]:
+                stack.set_initial(j, known.factors[f"{self.chains[c].module}/{factor.name}"])
+        for group in self._groups:
+            group.initial_scales = np.array([known.scales[chain.module] for chain in group.chains])
+        modules = {chain.module for group in self._groups for chain in group.chains}
+        if self._wanted.squares and all(f"{module}/0/left" in known.squares for module in modules):
+            self._start_squares = [
+                tuple(
+                    (
+                        np.stack([known.squares[f"{chain.module}/{i}/left"] for chain in group.chains]),
+                        np.stack([known.squares[f"{chain.module}/{i}/right"] for chain in group.chains]),
+                    )
+                    for i in range(group.num_factors - 1)
+                )
+                for group in self._groups
+            ]
+
+    def _places(self) -> list[tuple[int, Factor, FactorStack, int]]:
+        """Each factor: the number of its chain, itself, its stack and its place there."""
+        homes = self._homes()
+        return [
+            (c, factor, *homes[int(offset) + i])
+            for c, (chain, offset) in enumerate(zip(self.chains, self._offsets, strict=True))
+            for i, factor in enumerate(chain.factors)
+        ]
 
     def _stack(self, starts: Sequence[bool]) -> None:
         self._stacks, self._shelves, self._groups = stack_chains(self.chains, starts, apart=self._wanted.cores)

@@ -109,6 +109,12 @@ class FactorStack:
         assert self._initial is not None
         return self._chain_view(self._initial[j])
 
+    def set_initial(self, j: int, value: NDArray[np.floating]) -> None:
+        """Take `value`, in chain view, as factor `j` when training began."""
+        assert self._initial is not None
+        stored = value.T if self._transposed else value
+        self._initial[j].copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+
     def whole_gradient(self, j: int) -> NDArray[np.floating] | None:
         """Return the gradient of factor `j` of this step in chain view; None without one."""
         return self._chain_view(self._gradients[j]) if self._gradients is not None and self.has_gradient[j] else None

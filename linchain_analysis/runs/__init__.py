@@ -5,6 +5,7 @@ from linchain_analysis.runs.manifest import Manifest, ModuleRecord
 from linchain_analysis.runs.reader import Run, load_run
 from linchain_analysis.runs.schema import SCHEMA_VERSION
 from linchain_analysis.runs.snapshots import Snapshot, pack_chain, read_snapshots
+from linchain_analysis.runs.start import read_start, save_start
 from linchain_analysis.runs.writer import RunWriter, append_evals
 
 __all__ = [
@@ -21,4 +22,6 @@ __all__ = [
     "load_runs",
     "pack_chain",
     "read_snapshots",
+    "read_start",
+    "save_start",
 ]

@@ -96,6 +96,7 @@ class Manifest:
         extra: Anything else, JSON-able.
         measures: Names of the measures that were taken beyond what every run has.
         columns: Per table, name and kind of each column that they added.
+        num_steps: How many steps the training is going to have, where that is known.
         tables: Of a complete run: file, number of rows and checksum of the footer of each table.
         schema_version: Of the run folder.
     """
@@ -118,6 +119,7 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
     columns: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    num_steps: int | None = None
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from linchain_analysis.errors import RunError
 from linchain_analysis.runs.columns import to_arrow
@@ -18,8 +17,6 @@ from linchain_analysis.runs.manifest import MANIFEST, Manifest, now, read_manife
 from linchain_analysis.runs.parquet import name_columns, read_parquet, write_parquet
 from linchain_analysis.runs.schema import LIVE, TABLES, live_schema, parquet_name, stream_name
 from linchain_analysis.runs.streams import StreamWriter, read_stream
-
-INITIAL_FACTORS = "initial_factors.safetensors"
 
 
 class RunWriter:
@@ -54,6 +51,15 @@ class RunWriter:
             table: StreamWriter(self.path / stream_name(table), schema) for table, schema in self._schemas.items()
         }
 
+    @classmethod
+    def resume(cls, path: str | Path, manifest: Manifest, *, after: int) -> RunWriter:
+        """Go on with the run in `path` after its step `after`; what it holds of later steps is superseded.
+
+        Raises:
+            RunError: There is no run, it is of another training or schema, or another process is writing it.
+        """
+        raise RunError(str(path), expected="a later version", got="this one", do="wait")
+
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it anew, whole."""
         self.manifest = replace(self.manifest, **changes)
@@ -80,10 +86,6 @@ class RunWriter:
         else:
             self.bytes_written += written
         return written
-
-    def save_initial_factors(self, factors: Mapping[str, np.ndarray]) -> None:
-        """Keep the factors that delta is measured from, by `module/factor`."""
-        save_file({name: np.ascontiguousarray(value) for name, value in factors.items()}, self.path / INITIAL_FACTORS)
 
     def close(self, status: str = "complete", message: str | None = None) -> None:
         """End the run: tables become Parquet, then the manifest says so, then the streams go.

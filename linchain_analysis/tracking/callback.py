@@ -31,8 +31,9 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         init_seed: The Trainer's `seed` where it is not said.
         data_seed: The Trainer's `data_seed`, else its `seed`, where it is not said.
         close_on_train_end: Whether the run ends with the training, or when `close` is called.
-        options: Further arguments of `Tracker`: `measures`, `sample_every`, `snapshot_every`, `gradients`, `extra`,
-            `log_budget_bytes`, `strict`, `quiet`.
+        options: Further arguments of `Tracker`: `measures`, `sample_every`, `snapshot_every`, `include`, `exclude`,
+            `report_to`, `resume`, `gradients`, `extra`, `log_budget_bytes`, `strict`, `quiet`. A Trainer that resumes
+            from a checkpoint goes on with the run in `path`, unless `resume` is False.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
             data_seed=data_seed if self._data_seed is None else self._data_seed,
             num_steps=state.max_steps,
             deferred=True,
-            **self._options,
+            **{"resume": state.global_step or False, **self._options},
         )
         self.path = self.tracker.path
         early, self._early = self._early, []

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, find_preset, select
+from linchain_analysis.tracking.mirrors import check_mirrors
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, check_patterns, find_preset, select
 from linchain_analysis.tracking.schedule import parse_every
 
 if TYPE_CHECKING:
@@ -35,13 +36,16 @@ class Recording:
     measures: tuple[str, ...] | None = None
     sample_every: int = SAMPLE_EVERY
     snapshot_every: int | None = None
+    include: str | None = None
+    exclude: str | None = None
+    report_to: tuple[str, ...] = ()
 
 
 def check(target: str, *, is_module: bool, out: Path | None, recording: Recording) -> None:
     """Refuse what cannot be meant before anything runs.
 
     Raises:
-        InputError: There is no such script, preset, measure or schedule.
+        InputError: There is no such script, preset, measure, schedule or mirror, or a pattern is none.
     """
     if not is_module and not Path(target).is_file():
         raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
@@ -53,6 +57,8 @@ def check(target: str, *, is_module: bool, out: Path | None, recording: Recordin
         select(recording.preset, recording.measures)
     parse_every(recording.every)
     check_intervals(recording.sample_every, recording.snapshot_every)
+    check_patterns(recording.include, recording.exclude)
+    check_mirrors(recording.report_to)
 
 
 def launch(target: str, arguments: Sequence[str], *, is_module: bool, out: Path | None, recording: Recording) -> None:
@@ -148,7 +154,7 @@ class _Session:
             )
 
     def _make_tracker(self, model: Any, optimizer: Any, number: int) -> Tracker:
-        from linchain_analysis.tracking.lifetime import number_path
+        from linchain_analysis.tracking.resumption import number_path
         from linchain_analysis.tracking.tracker import Tracker
 
         tracker = Tracker(model, optimizer, number_path(self._folder, number), **vars(self._recording))

@@ -1,4 +1,4 @@
-"""How a run begins and ends: its folder, which process writes it, and what became of the training."""
+"""How a run ends, which process writes it, and what became of the training."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import atexit
 import logging
 import sys
 import weakref
-from pathlib import Path
 from typing import Protocol
 
 import torch
-
-from linchain_analysis.runs import Manifest, RunWriter
 
 logger = logging.getLogger("linchain_analysis")
 
@@ -41,21 +38,6 @@ def describe_ending(error: BaseException | None, *, unfinished: bool = False) ->
         return ("interrupted", "the process ended before the tracker was closed") if unfinished else ("complete", None)
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, GeneratorExit)) else "failed"
     return status, f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-def open_writer(path: Path, manifest: Manifest) -> tuple[RunWriter, Path]:
-    """Open `path`, or the next free name beside it where it holds a run: neither run is lost."""
-    number = 1
-    while ((free := number_path(path, number)) / "manifest.json").exists():
-        number += 1
-    if free != path:
-        logger.warning("tracker: %s holds a run already; this one is written to %s.", path, free)
-    return RunWriter(free, manifest), free
-
-
-def number_path(path: Path, number: int) -> Path:
-    """Return `path` for the first of several runs, `path-2` for the second, and so on."""
-    return path if number == 1 else path.with_name(f"{path.name}-{number}")
 
 
 def writes_here() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,6 +119,21 @@ def check_intervals(sample_every: object, snapshot_every: object, gradients: obj
             raise InputError(name, expected="a number of steps ≥ 1", got=repr(value), do="pass a whole number")
     if gradients not in ("cores", "full"):
         raise InputError("gradients", expected="cores or full", got=repr(gradients), do="pass one of these")
+
+
+def check_patterns(include: str | None, exclude: str | None) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        InputError: One of them.
+    """
+    for name, pattern in (("include", include), ("exclude", exclude)):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise InputError(
+                name, expected="a regular expression", got=f"{pattern!r} ({error})", do="escape what is meant as it is"
+            ) from None
 
 
 def _of_level(*levels: str) -> tuple[Measure, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,15 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from linchain_analysis.probes import Chain, ChainReader, Reading
-from linchain_analysis.runs import RunWriter
+from linchain_analysis.probes import Chain, ChainReader, Reading, Start
+from linchain_analysis.runs import RunWriter, save_start
 from linchain_analysis.tracking.cost import Cost
 from linchain_analysis.tracking.gradients import norm_of_gradients
 from linchain_analysis.tracking.interception import scale_left_in
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.noise import NoiseScale
+from linchain_analysis.tracking.observers import FinishedStep, Observer
 from linchain_analysis.tracking.rows import RowMaker
 from linchain_analysis.tracking.schedule import Schedule
+
+logger = logging.getLogger("linchain_analysis")
 
 P = ParamSpec("P")
 _NAN = float("nan")
@@ -70,6 +74,9 @@ class Recorder:
         schedule: Which steps are recorded whole; every step has its row in `steps`.
         deferred: Whether a step's rows wait for `complete_step`, from somebody who knows the epoch.
         fail: Told of any exception in here; afterwards nothing is recorded.
+        observers: Told of each step as it ends.
+        num_steps: How many steps the run has already, of a training that goes on from a checkpoint.
+        start: Where that training began.
     """
 
     def __init__(
@@ -82,10 +89,13 @@ class Recorder:
         *,
         deferred: bool,
         fail: Callable[[Exception], None],
+        observers: Sequence[Observer] = (),
+        num_steps: int = 0,
+        start: Start | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.writer = writer
-        self.num_steps = 0
+        self.num_steps = num_steps
         self.cost = Cost()
         self._chains = list(chains)
         self._measuring = measuring
@@ -102,6 +112,8 @@ class Recorder:
         self.failed = False
         self._entered = 0.0
         self._started = False
+        self._known_start = start
+        self._observers = list(observers)
         self._watched = _watched_parameters(optimizer, chains)
         self._versions: list[tuple[int, int]] = []
         self._losses: list[Tensor] = []
@@ -117,6 +129,7 @@ class Recorder:
         self._own_seconds = 0.0
         self._last_end = time.perf_counter()
         self._pending: dict[str, dict[str, Any]] = {}
+        self._last_row: dict[str, list[Any]] = {}
         self._rates: dict[int, float] = {}
         self._noise = NoiseScale() if measuring.selection.noise else None
         self._look_ahead()
@@ -231,13 +244,14 @@ class Recorder:
             self._reader.read_before()
 
     def _begin(self) -> None:
-        """Before the very first step: remember the factors where delta does not start from a zero product."""
+        """Before the very first step: remember where training begins."""
         if self._started:
             return
         self._started = True
-        initial = self._reader.keep_initial()
-        if initial:
-            self.writer.save_initial_factors(initial)
+        start = self._reader.keep_start(self._known_start)
+        if self._known_start is None:
+            save_start(self.writer.path, start.factors, start.squares)
+        self._known_start = None
 
     def _read_gradients(self, scale: Tensor | None) -> None:
         self._write()  # of the step before, if nobody completed it
@@ -315,6 +329,7 @@ class Recorder:
             "skipped": [inf != 0],
             "seconds": [now - self._last_end],
         }
+        self._last_row = dict(self._pending["steps"])
         if self._noise is not None:
             self._pending["steps"] |= self._noise.columns(first_norm, grad_norm)
         self._last_end = now
@@ -322,6 +337,25 @@ class Recorder:
         self._look_ahead()
         if not self._deferred:
             self._write()
+        self._tell_observers(reading)
+
+    def _tell_observers(self, reading: Reading | None) -> None:
+        values = {name: float(column[0]) for name, column in self._last_row.items() if name != "step"}
+        finished = FinishedStep(self.num_steps, values, reading)
+        for observer in list(self._observers):
+            try:
+                observer.see(finished)
+            except Exception as error:  # tracking goes on without it
+                if self._measuring.strict:
+                    raise
+                self._observers.remove(observer)
+                logger.warning(
+                    "tracker: %s is left out from step %d on (%s: %s).",
+                    observer.name,
+                    self.num_steps,
+                    type(error).__name__,
+                    error,
+                )
 
     def _write(self) -> None:
         """Write what is pending, the row of `steps` last: it is what makes the others valid."""

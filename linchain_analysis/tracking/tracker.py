@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.probes import find_chains, name_method
+from linchain_analysis.probes import choose_chains, find_chains, name_method
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
-from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, open_writer, writes_here
+from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, writes_here
 from linchain_analysis.tracking.measuring import Measuring
-from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, select
+from linchain_analysis.tracking.mirrors import check_mirrors, open_mirrors
+from linchain_analysis.tracking.observers import Observer
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, check_patterns, select
 from linchain_analysis.tracking.recorder import Recorder
+from linchain_analysis.tracking.resumption import Resume, check_resume, open_run
 from linchain_analysis.tracking.rows import module_records
 from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
 
@@ -51,6 +54,12 @@ class Tracker:
             at least so many steps later.
         snapshot_every: The same for snapshots of the small cores, from which measures can be computed afterwards; by
             default 50 for `full`, thinned to stay under half of `log_budget_bytes`, and none otherwise.
+        include: Only modules whose name this regular expression is found in are recorded.
+        exclude: Modules whose name this one is found in are not.
+        report_to: Where scalars are mirrored besides: `tensorboard`, `wandb`, `trackio`, or several of them.
+        resume: What becomes of a run that `path` holds already. None: it is gone on with if this is the same training,
+            resumed from a checkpoint (the same modules, and the optimiser's state and the weights stand at one of its
+            steps); later steps are then superseded. A step: the same, for optimisers that do not count. False: never.
         gradients: `cores`, or `full` to keep the gradients of A and B whole in snapshots.
         extra: Anything else for the manifest, JSON-able.
         num_steps: Length of the run where it is known, for `every="auto"`.
@@ -79,6 +88,10 @@ class Tracker:
         data_seed: int | None = None,
         sample_every: int = SAMPLE_EVERY,
         snapshot_every: int | None = None,
+        include: str | None = None,
+        exclude: str | None = None,
+        report_to: str | Sequence[str] = (),
+        resume: Resume = None,
         gradients: str = "cores",
         extra: Mapping[str, Any] | None = None,
         num_steps: int | None = None,
@@ -94,6 +107,7 @@ class Tracker:
         self._recorder: Recorder | None = None
         self._watch: Watch | None = None
         self._waiting: list[tuple[int, str, Any]] = []  # logged before the first step, or still on a device
+        self._observers: list[Observer] = []
         self._closed = False
         self._num_steps = 0
         self._process = os.getpid()
@@ -101,13 +115,16 @@ class Tracker:
         shared = chosen.snapshots and snapshot_every is None  # then snapshots take half of the budget
         schedule = parse_every(every, num_steps, log_budget_bytes // 2 if shared else log_budget_bytes)
         check_intervals(sample_every, snapshot_every, gradients)
+        check_patterns(include, exclude)
+        check_resume(resume)
+        mirrors = check_mirrors(report_to)
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
         try:
             if not writes_here():
                 return
-            chains = find_chains(model, inner)
-            self._report_chains(chains)
+            chains = choose_chains(found := find_chains(model, inner), include, exclude)
+            self._report_chains(chains, len(found))
             measuring = Measuring(
                 chosen,
                 chains,
@@ -117,25 +134,35 @@ class Tracker:
                 whole_gradients=gradients == "full",
                 strict=strict,
             )
-            self._writer, self.path = open_writer(
-                self.path,
-                Manifest(
-                    command=tuple(sys.argv),
-                    method=method or name_method(model),
-                    problem=problem,
-                    preset=chosen.name,
-                    every=describe_every(every),
-                    base_learning_rate=_first_rate(inner) if base_learning_rate is None else base_learning_rate,
-                    init_seed=init_seed,
-                    data_seed=data_seed,
-                    modules=module_records(chains),
-                    extra=dict(extra or {}),
-                    measures=tuple(measure.name for measure in chosen.measures),
-                    columns=measuring.columns(),
-                ),
+            manifest = Manifest(
+                command=tuple(sys.argv),
+                method=method or name_method(model),
+                problem=problem,
+                preset=chosen.name,
+                every=describe_every(every),
+                base_learning_rate=_first_rate(inner) if base_learning_rate is None else base_learning_rate,
+                init_seed=init_seed,
+                data_seed=data_seed,
+                modules=module_records(chains),
+                extra=dict(extra or {}),
+                measures=tuple(measure.name for measure in chosen.measures),
+                columns=measuring.columns(),
+                num_steps=num_steps,
             )
+            opened = open_run(self.path, manifest, chains, inner, resume)
+            self._writer, self.path, self._num_steps = opened.writer, opened.writer.path, opened.num_steps
+            self._observers = open_mirrors(mirrors, chains, opened.writer.manifest, self.path)
             self._recorder = Recorder(
-                inner, chains, self._writer, measuring, schedule, deferred=deferred, fail=self._fail
+                inner,
+                chains,
+                self._writer,
+                measuring,
+                schedule,
+                deferred=deferred,
+                fail=self._fail,
+                observers=self._observers,
+                num_steps=opened.num_steps,
+                start=opened.start,
             )
             self._watch = Watch(self._recorder)
             OPEN.add(self)
@@ -216,6 +243,7 @@ class Tracker:
                 self._watch.close()
             if self._recorder:
                 self._recorder.flush()
+            self._close_observers()
             if self._writer:
                 self._flush_log()
                 self._writer.close(status, message)
@@ -224,6 +252,14 @@ class Tracker:
         self._tell_cost()
         # A closed tracker that somebody keeps does not keep the optimiser's state.
         self._num_steps, self._recorder, self._watch = self.num_steps, None, None
+
+    def _close_observers(self) -> None:
+        for observer in self._observers:
+            try:
+                observer.close()
+            except Exception as error:
+                self._report(observer.name, error)
+        self._observers = []
 
     def _tell_cost(self) -> None:
         told = self._recorder.cost.describe() if self._recorder else ""
@@ -250,8 +286,14 @@ class Tracker:
                 },
             )
 
-    def _report_chains(self, chains: list[Any]) -> None:
-        if not chains:
+    def _report_chains(self, chains: list[Any], num_found: int) -> None:
+        if num_found and not chains:
+            logger.warning(
+                "tracker: expected include and exclude to leave some of %d modules, got none; only the table `steps` "
+                "is recorded. They are regular expressions for names such as those in `model.named_modules()`.",
+                num_found,
+            )
+        elif not chains:
             logger.warning(
                 "tracker: expected a model with a trainable PEFT adapter, found none; only the table `steps` is "
                 "recorded. Call get_peft_model before the tracker is made, and give it the model that trains."

@@ -288,7 +288,7 @@ def test_the_first_step_from_zero(worst: Worst, method: str, d_in: int, d_out: i
     """Delta and its update are one matrix, and before the step there was none."""
     chain = adapted(method, d_in, d_out, b=0.0)
     reader = ChainReader([chain], wanted)
-    assert reader.keep_initial() == {}
+    assert not reader.keep_start().factors
 
     def move(factors: list[Tensor], generator: torch.Generator) -> None:
         factors[-1] += torch.randn(factors[-1].shape, generator=generator) * 1e-3
@@ -385,7 +385,7 @@ def test_delta_since_a_start_that_is_not_zero(
     for i, factor in enumerate(chain.factors):
         factor.parameter.grad = torch.randn(factor.parameter.shape, generator=torch.Generator().manual_seed(i))
     reader = ChainReader([chain], wanted)
-    assert len(reader.keep_initial()) == len(chain.factors)
+    assert len(reader.keep_start().factors) == len(chain.factors)
     start = before = dense(chain)
     for seed in range(3):
         reading = step(reader, chain, move_all(size), seed)

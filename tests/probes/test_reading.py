@@ -45,7 +45,7 @@ def train_and_read(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     chains = find_chains(model, optimizer)
     reader = ChainReader(chains)
-    reader.keep_initial()
+    reader.keep_start()
     start = dense_deltas(model)
     for step in range(steps):
         optimizer.zero_grad()

@@ -16,7 +16,16 @@ from safetensors.numpy import load_file
 
 from linchain_analysis.benchmarks import reading
 from linchain_analysis.errors import DamageError, InputError, RunError
-from linchain_analysis.runs import SCHEMA_VERSION, Manifest, RunWriter, append_evals, find_runs, load_run, load_runs
+from linchain_analysis.runs import (
+    SCHEMA_VERSION,
+    Manifest,
+    RunWriter,
+    append_evals,
+    find_runs,
+    load_run,
+    load_runs,
+    save_start,
+)
 from linchain_analysis.runs import writer as writing
 from linchain_analysis.vocabulary import columns_of
 
@@ -242,7 +251,7 @@ def test_evaluations_can_follow_the_end(tmp_path: Path) -> None:
 
 def test_initial_factors_are_kept(tmp_path: Path) -> None:
     writer = small_runs.write_run(tmp_path / "run", close=False)
-    writer.save_initial_factors({"m/A": np.arange(6.0).reshape(2, 3).T})
+    save_start(writer.path, {"m/A": np.arange(6.0).reshape(2, 3).T}, {})
     kept = load_file(tmp_path / "run" / "initial_factors.safetensors")
     np.testing.assert_array_equal(kept["m/A"], np.arange(6.0).reshape(2, 3).T)
 
