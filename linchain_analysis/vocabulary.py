@@ -17,6 +17,22 @@ from typing import Literal
 
 Table = Literal["steps", "modules", "factors", "links", "evals"]
 Kind = Literal["int", "float", "bool", "text", "spectrum", "values"]
+# What a column is made of; docs/columns.md says what each means under accumulation, clipping, scaling and sharding.
+Basis = Literal[
+    "factors",
+    "update",
+    "gradient",
+    "gradient and update",
+    "loss",
+    "learning rate",
+    "clipping",
+    "scaler",
+    "tokens",
+    "noise",
+    "trainer",
+    "clock",
+    "evaluation",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Column:
         derived: Whether it is computed on reading from the stored columns.
         gauge_dependent: Whether it changes under W_i → W_i M, W_{i+1} → M⁻¹ W_{i+1}.
         source: Where the formula comes from.
+        basis: What it is made of.
     """
 
     table: Table
@@ -47,6 +64,7 @@ class Column:
     derived: bool = False
     gauge_dependent: bool = False
     source: str = ""
+    basis: Basis = "factors"
 
 
 _ROY = "Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO"
@@ -66,6 +84,7 @@ COLUMNS: tuple[Column, ...] = (
         "epochs",
         "passes over the training data, as the Trainer counts them; NaN where nobody counts",
         "after the step",
+        basis="trainer",
     ),
     Column(
         "steps",
@@ -74,6 +93,7 @@ COLUMNS: tuple[Column, ...] = (
         "nats",
         "sum of the scalars on which backward was called since the last step, unscaled; what `log(loss=…)` says overrides it",
         "during the step's backward passes",
+        basis="loss",
     ),
     Column(
         "steps",
@@ -82,6 +102,7 @@ COLUMNS: tuple[Column, ...] = (
         "1",
         "learning rate of the optimiser's first parameter group",
         "before the step",
+        basis="learning rate",
     ),
     Column(
         "steps",
@@ -91,6 +112,7 @@ COLUMNS: tuple[Column, ...] = (
         "√Σ‖g‖² over all parameters of the optimiser",
         "before clipping",
         gauge_dependent=True,
+        basis="gradient",
     ),
     Column(
         "steps",
@@ -99,6 +121,7 @@ COLUMNS: tuple[Column, ...] = (
         "1",
         "factor by which clipping multiplied the gradients; 1 without clipping, NaN where clipping was by value",
         "at clipping",
+        basis="clipping",
     ),
     Column(
         "steps",
@@ -107,6 +130,7 @@ COLUMNS: tuple[Column, ...] = (
         "1",
         "whether the gradient scaler found Inf or NaN and left the step out",
         "after the step",
+        basis="scaler",
     ),
     Column(
         "steps",
@@ -115,6 +139,7 @@ COLUMNS: tuple[Column, ...] = (
         "tokens",
         "training tokens seen since training began, where the Trainer counts them or `log(tokens=…)` says them",
         "after the step",
+        basis="trainer",
     ),
     Column(
         "steps",
@@ -123,8 +148,9 @@ COLUMNS: tuple[Column, ...] = (
         "s",
         "wall time from the end of the previous step to the end of this one, tracking included",
         "after the step",
+        basis="clock",
     ),
-    Column("steps", "track_seconds", "float", "s", "wall time the tracker took of it", "after the step"),
+    Column("steps", "track_seconds", "float", "s", "wall time the tracker took of it", "after the step", basis="clock"),
     # modules: one row per recorded step and adapted layer
     Column("modules", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
     Column("modules", "module", "text", "", _MODULE, "at the first step", key=True),
@@ -143,6 +169,7 @@ COLUMNS: tuple[Column, ...] = (
         "weight",
         "singular values of delta after the step minus delta before it, from telescoped factors",
         "after the step",
+        basis="update",
     ),
     Column(
         "modules",
@@ -152,6 +179,7 @@ COLUMNS: tuple[Column, ...] = (
         "−Σ⟨g_i, dF_i⟩ / (√Σ‖g_i‖² √Σ‖dF_i‖²) over the factors, positive for descent; NaN where a norm is 0",
         "after the step",
         gauge_dependent=True,
+        basis="gradient and update",
     ),
     Column(
         "modules",
@@ -199,6 +227,7 @@ COLUMNS: tuple[Column, ...] = (
         "Frobenius norm of the update of delta",
         "after the step",
         derived=True,
+        basis="update",
     ),
     Column(
         "modules",
@@ -209,6 +238,7 @@ COLUMNS: tuple[Column, ...] = (
         "after the step",
         derived=True,
         source=_ROY,
+        basis="update",
     ),
     # factors: one row per recorded step, adapted layer and factor
     Column("factors", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
@@ -222,6 +252,7 @@ COLUMNS: tuple[Column, ...] = (
         "‖g_i‖, Frobenius",
         "before clipping",
         gauge_dependent=True,
+        basis="gradient",
     ),
     Column(
         "factors",
@@ -231,6 +262,7 @@ COLUMNS: tuple[Column, ...] = (
         "cosine of g_i with g_i of the last recorded step; NaN at the first and where either is 0",
         "before clipping",
         gauge_dependent=True,
+        basis="gradient",
     ),
     Column(
         "factors",
@@ -240,6 +272,7 @@ COLUMNS: tuple[Column, ...] = (
         "‖dF_i‖, Frobenius",
         "after the step",
         gauge_dependent=True,
+        basis="update",
     ),
     Column(
         "factors",
@@ -258,6 +291,7 @@ COLUMNS: tuple[Column, ...] = (
         "‖dF_i‖ divided by ‖F_i‖ before the step; NaN where that is 0",
         "after the step",
         gauge_dependent=True,
+        basis="update",
     ),
     # links: one row per recorded step, adapted layer and pair of neighbouring factors
     Column("links", "step", "int", "steps", _STEP, "counted as the step ends", key=True),
@@ -301,7 +335,7 @@ COLUMNS: tuple[Column, ...] = (
         "at the evaluation",
         key=True,
     ),
-    Column("evals", "value", "float", "of the metric", "the measurement", "at the evaluation"),
+    Column("evals", "value", "float", "of the metric", "the measurement", "at the evaluation", basis="evaluation"),
 )
 
 

@@ -26,6 +26,7 @@ _MOMENT = "during the last backward pass before a sampled step, before the step"
         "‖Π_T G‖/‖G‖ in 0 … 1: share of the full-weight gradient of one backward pass along which the chain can move "
         "at all, whatever the optimiser; NaN where G is 0 or the layer's tokens are not seen",
         _MOMENT,
+        basis="tokens",
     ),
     Column(
         "modules",
@@ -36,6 +37,7 @@ _MOMENT = "during the last backward pass before a sampled step, before the step"
         _MOMENT,
         gauge_dependent=True,
         source="Arora, Cohen & Hazan 2018, On the optimization of deep networks (arXiv 1802.06509)",
+        basis="tokens",
     ),
     Column(
         "modules",
@@ -44,6 +46,7 @@ _MOMENT = "during the last backward pass before a sampled step, before the step"
         "nats/weight",
         "‖G‖ of one backward pass, as if the whole weight trained",
         _MOMENT,
+        basis="tokens",
     ),
     needs=["tokens"],
     sampled=True,

@@ -22,6 +22,7 @@ _MOMENT = "during the last forward pass before a sampled step"
         "it (with the scale of the step); NaN where the layer's tokens are not seen or delta is measured from factors "
         "whose product was not zero",
         _MOMENT,
+        basis="tokens",
     ),
     Column(
         "modules",
@@ -31,6 +32,7 @@ _MOMENT = "during the last forward pass before a sampled step"
         "effective rank of X ΔW; NaN where it is 0",
         _MOMENT,
         source="Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO",
+        basis="tokens",
     ),
     needs=["tokens"],
     sampled=True,

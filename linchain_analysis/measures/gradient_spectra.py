@@ -20,6 +20,7 @@ from linchain_analysis.vocabulary import Column
         "gradient",
         "before clipping",
         gauge_dependent=True,
+        basis="gradient",
     ),
     Column(
         "factors",
@@ -30,6 +31,7 @@ from linchain_analysis.vocabulary import Column
         "before clipping",
         gauge_dependent=True,
         source="Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO",
+        basis="gradient",
     ),
     needs=["gradients"],
 )

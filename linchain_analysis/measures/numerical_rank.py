@@ -27,6 +27,7 @@ from linchain_analysis.vocabulary import Column
         "directions",
         "the same of the update of delta: at most 2 r",
         "",
+        basis="update",
     ),
 )
 def measure_numerical_rank(cores: Cores) -> Values:

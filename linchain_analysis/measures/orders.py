@@ -34,6 +34,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "‖C_j‖/‖dΔW‖ for j = 1 … n + 2, C_j the part of the update of delta in which j factors stand with their "
         "update; their sum is the update, their ratios need not sum to 1; NaN where the update is 0",
         "",
+        basis="update",
     ),
     Column(
         "modules",
@@ -43,6 +44,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "⟨C_1, dΔW⟩/‖dΔW‖²: share of the update of delta that is linear in the factors' updates; the shares of all "
         "orders sum to 1, and one may be negative; NaN where the update is 0",
         "",
+        basis="update",
     ),
     Column(
         "modules",
@@ -51,6 +53,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "1",
         "‖dΔW − C_1‖/‖dΔW‖: size of all higher orders together; NaN where the update is 0",
         "",
+        basis="update",
     ),
     Column(
         "modules",
@@ -59,6 +62,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "1",
         "cosine of C_1 with the update of delta; NaN where either is 0",
         "",
+        basis="update",
     ),
     Column(
         "factors",
@@ -68,6 +72,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "⟨L_i dF_i R_i, dΔW⟩/‖dΔW‖²: share of the update of delta that is this factor's own first-order part; NaN "
         "where the update is 0",
         "",
+        basis="update",
     ),
     Column(
         "factors",
@@ -76,6 +81,7 @@ def order_terms(cores: Cores) -> list[Array]:
         "1",
         "cosine of L_i dF_i R_i with the update of delta; NaN where either is 0",
         "",
+        basis="update",
     ),
 )
 def measure_orders(cores: Cores) -> Values:

@@ -33,6 +33,7 @@ _LARGEST_BLOCK = 600  # rows of the dense block, r² for square chains: 20 ms a 
         "",
         gauge_dependent=True,
         source=_ARORA,
+        basis="gradient and update",
     ),
     Column(
         "modules",
@@ -43,6 +44,7 @@ _LARGEST_BLOCK = 600  # rows of the dense block, r² for square chains: 20 ms a 
         "",
         gauge_dependent=True,
         source=_ARORA,
+        basis="gradient and update",
     ),
     needs=["gradients"],
 )

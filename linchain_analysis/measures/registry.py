@@ -54,6 +54,7 @@ NOISE_COLUMNS = (
         _AT_STEP,
         gauge_dependent=True,
         source=_MCCANDLISH,
+        basis="noise",
     ),
     Column(
         "steps",
@@ -64,6 +65,7 @@ NOISE_COLUMNS = (
         _AT_STEP,
         gauge_dependent=True,
         source=_MCCANDLISH,
+        basis="noise",
     ),
     Column(
         "steps",
@@ -75,6 +77,7 @@ NOISE_COLUMNS = (
         _AT_STEP,
         gauge_dependent=True,
         source=_MCCANDLISH,
+        basis="noise",
     ),
 )
 
@@ -151,6 +154,7 @@ def spectral_measure(
             "after the step",
             derived=True,
             source=formula_source,
+            basis="factors" if spectrum == "spectrum" else "update",
         )
         _enter(function, (column,), "reading", frozenset(), False, column.name, spectrum)
         return function

@@ -25,6 +25,7 @@ from linchain_analysis.vocabulary import Column
         "1",
         "‖dΔW‖/‖W_0‖; NaN where W_0 cannot be read as numbers (quantised)",
         "",
+        basis="update",
     ),
     needs=["base"],
 )
