@@ -1,7 +1,7 @@
 """The run folder: what it holds, how it is written and how it is read. No torch in here."""
 
 from linchain_analysis.runs.catalogue import RunSet, find_runs, load_runs
-from linchain_analysis.runs.manifest import Manifest, ModuleRecord
+from linchain_analysis.runs.manifest import Manifest, ModuleRecord, Segment
 from linchain_analysis.runs.reader import Run, load_run
 from linchain_analysis.runs.schema import SCHEMA_VERSION
 from linchain_analysis.runs.snapshots import Snapshot, pack_chain, read_snapshots
@@ -15,6 +15,7 @@ __all__ = [
     "Run",
     "RunSet",
     "RunWriter",
+    "Segment",
     "Snapshot",
     "append_evals",
     "find_runs",

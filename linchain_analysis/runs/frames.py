@@ -9,6 +9,7 @@ from functools import cached_property
 import pandas as pd
 
 FRAMES = ("steps", "modules", "factors", "links", "evals")
+READABLE = (*FRAMES, "snapshots", "health")
 
 
 class Frames(ABC):
@@ -42,3 +43,8 @@ class Frames(ABC):
     def evals(self) -> pd.DataFrame:
         """One row per evaluation, split and metric."""
         return self.read("evals")
+
+    @cached_property
+    def health(self) -> pd.DataFrame:
+        """One row per finding on the health of the training that began or ended."""
+        return self.read("health")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -74,8 +75,54 @@ def describe_hardware() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """What an earlier part of a run was that was resumed later. Its files stay as they were left.
+
+    Attributes:
+        number: In the names of its files.
+        last_step: What it holds of later steps is superseded by later parts.
+        num_steps: How many steps it has up to there.
+        tables: File and number of rows of each table; of Parquet as in `Manifest`, or of a stream that stayed.
+        columns: As in `Manifest`, as all that follows, of this part.
+        preset: What was recorded.
+        every: Which steps were recorded whole.
+        measures: Names of measures.
+        command: The command line.
+        packages: Versions by package.
+        hardware: The machine.
+        extra: Anything else.
+        started: When this part began.
+        ended: When it ended, None if it never said so.
+        status: What it said last: `running` if it was killed.
+        message: Why it failed or was interrupted.
+        process: Who wrote it.
+    """
+
+    number: int
+    last_step: int
+    num_steps: int
+    tables: Mapping[str, Mapping[str, Any]]
+    columns: Mapping[str, Sequence[Sequence[str]]]
+    preset: str
+    every: str
+    measures: tuple[str, ...]
+    command: tuple[str, ...]
+    packages: Mapping[str, str]
+    hardware: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    started: str
+    ended: str | None
+    status: str
+    message: str | None
+    process: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a run says of itself.
+
+    Of a run that was resumed, `method`, `problem`, `base_learning_rate`, the seeds, `modules` and `started` are those
+    of its beginning; everything else describes its last part, and `segments` the earlier ones.
 
     Attributes:
         command: The command line that ran.
@@ -99,6 +146,10 @@ class Manifest:
         num_steps: How many steps the training is going to have, where that is known.
         tables: Of a complete run: file, number of rows and checksum of the footer of each table.
         schema_version: Of the run folder.
+        segments: The earlier parts of a run that was resumed, oldest first.
+        number: In the names of the files of the last part.
+        resumed: When the last part began, None if it is the only one.
+        process: Who writes the last part: `pid`, `host` and, where known, `started`; None before schema version 3.
     """
 
     command: tuple[str, ...]
@@ -122,19 +173,43 @@ class Manifest:
     num_steps: int | None = None
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    segments: tuple[Segment, ...] = ()
+    number: int = 1
+    resumed: str | None = None
+    process: Mapping[str, Any] | None = None
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest of `folder` whole: a reader sees the old one or the new one."""
+def numbers_of(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Return the number of each module and of each name of a factor."""
+    factors = dict.fromkeys(name for record in manifest.modules for name, _ in record.factors)
+    return {
+        "module": {record.module: number for number, record in enumerate(manifest.modules)},
+        "factor": {name: number for number, name in enumerate(factors)},
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest, *, part_name: str = f"{MANIFEST}.part") -> None:
+    """Replace the manifest of `folder` whole: a reader sees the old one or the new one.
+
+    Args:
+        folder: The run folder.
+        manifest: What the run says of itself.
+        part_name: Of the file that becomes the manifest; another one where this call may interrupt another call.
+    """
     # Through JSON once before the checksum is taken: keys that are numbers are sorted otherwise as text.
     values = json.loads(json.dumps(asdict(manifest)))
     document = {"crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode()), **values}
-    part = folder / f"{MANIFEST}.part"
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / MANIFEST)
+    part = folder / part_name
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / MANIFEST)
+    except Exception:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -152,7 +227,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = int(document["schema_version"])
         crc = document.pop("crc32")
         intact = crc == zlib.crc32(json.dumps(document, sort_keys=True).encode())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not intact:
         raise _damaged(path, "a wrong checksum")
@@ -172,7 +247,13 @@ def read_manifest(folder: Path) -> Manifest:
         ModuleRecord(**{**record, "factors": tuple((name, tuple(shape)) for name, shape in record["factors"])})
         for record in values["modules"]
     )
+    values["segments"] = tuple(_to_segment(segment) for segment in values.get("segments", ()))
     return Manifest(**values)
+
+
+def _to_segment(values: Mapping[str, Any]) -> Segment:
+    known = {f.name: values[f.name] for f in fields(Segment)}
+    return Segment(**{**known, "command": tuple(known["command"]), "measures": tuple(known["measures"])})
 
 
 def _damaged(path: Path, what: str) -> DamageError:

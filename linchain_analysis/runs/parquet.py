@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,19 +36,24 @@ def write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
     # with exponents, are what zstd can shorten.
     split = [_leaf(field) for field in table.schema if pa.types.is_floating(_value_type(field.type))]
     repeating = [field.name for field in table.schema if _repeats(field.type)]
-    pq.write_table(
-        table,
-        part,
-        compression="zstd",
-        use_dictionary=repeating,
-        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
-        write_statistics=[_leaf(field) for field in table.schema if not pa.types.is_binary(field.type)],
-        write_page_checksum=True,
-        store_schema=True,
-    )
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        pq.write_table(
+            table,
+            part,
+            compression="zstd",
+            use_dictionary=repeating,
+            column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+            write_statistics=[_leaf(field) for field in table.schema if not pa.types.is_binary(field.type)],
+            write_page_checksum=True,
+            store_schema=True,
+        )
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
     return {"file": path.name, "num_rows": table.num_rows, "footer_crc32": _footer_checksum(path)}
 
 

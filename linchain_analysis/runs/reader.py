@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,19 @@ import pyarrow as pa
 from linchain_analysis.errors import DamageError, InputError, RunError
 from linchain_analysis.runs.conversion import make_frame, map_to_categories, map_to_numbers, to_columns
 from linchain_analysis.runs.derived import derive, sources_of
-from linchain_analysis.runs.frames import FRAMES, Frames
-from linchain_analysis.runs.manifest import Manifest, read_manifest
-from linchain_analysis.runs.parquet import name_columns, read_parquet
-from linchain_analysis.runs.schema import BY_STEP, live_schema, stream_name, tables_of
-from linchain_analysis.runs.streams import read_stream
-from linchain_analysis.runs.writer import numbers_of
+from linchain_analysis.runs.frames import READABLE, Frames
+from linchain_analysis.runs.lock import is_locked
+from linchain_analysis.runs.manifest import Manifest, numbers_of, read_manifest
+from linchain_analysis.runs.parts import Part, named, parts_of, read_part, schema_of
+from linchain_analysis.runs.pieces import Piece, join_pieces
+from linchain_analysis.runs.process import is_here, is_running
+from linchain_analysis.runs.schema import BY_STEP, tables_of
 from linchain_analysis.vocabulary import columns_of, measured_columns
+
+# A run that is completed or resumed while it is read is read again; one that changes more often than this is odd.
+_NUM_ATTEMPTS = 5
+
+T = TypeVar("T")
 
 
 def load_run(path: str | Path, *, damaged: str = "raise") -> Run:
@@ -89,10 +95,28 @@ class Run(Frames):
         return self.manifest.data_seed
 
     @property
+    def is_alive(self) -> bool | None:
+        """Whether a process is writing the run now; None where that cannot be known from this machine.
+
+        A run whose status is `running` and that is not alive has died without a word.
+        """
+        locked = is_locked(self.path)
+        if locked:  # by its writer, unless evaluations are being added to what has ended
+            return not read_manifest(self.path).tables
+        process = self.manifest.process
+        if self.manifest.ended is not None:
+            return False
+        if process is None or not is_here(process):
+            return None
+        return False if locked is not None else is_running(process)
+
+    @property
     def num_steps(self) -> int:
         """How many steps have their row, without reading any table of a complete run."""
         entry = self.manifest.tables.get("steps")
-        return int(entry["num_rows"]) if entry is not None else len(self._step_numbers())
+        if entry is None:
+            return len(self._retrying(self._step_numbers))
+        return int(entry["num_rows"]) + sum(segment.num_steps for segment in self.manifest.segments)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read `columns` of `table` (all of them by default), computing derived ones.
@@ -101,11 +125,11 @@ class Run(Frames):
             InputError: A table or column that there is not.
             DamageError: What is stored is not what was written.
         """
-        if table not in (*FRAMES, "snapshots"):
+        if table not in READABLE:
             raise InputError(
-                "read", expected=f"a table among {', '.join(FRAMES)}", got=repr(table), do="check the name"
+                "read", expected=f"a table among {', '.join(READABLE)}", got=repr(table), do="check the name"
             )
-        frame = self._read_steps() if table == "steps" else self._read_rows(table, columns)
+        frame = self._retrying(lambda: self._read_steps() if table == "steps" else self._read_rows(table, columns))
         if columns is None or list(frame.columns) == list(columns):
             return frame
         missing = [name for name in columns if name not in frame]
@@ -132,20 +156,24 @@ class Run(Frames):
 
     def _read_rows(self, table: str, columns: Sequence[str] | None) -> pd.DataFrame:
         derived = self._derived_columns(table, columns)
-        kept = set(self.manifest.tables.get(table, {}).get("derived", ()))  # computed when the run was completed
-        wanted = None
-        if columns is not None:
-            sources = {source for name in derived if name not in kept for source in sources_of(name)}
-            names = dict.fromkeys([*self._schema(table).names, *kept])
-            wanted = [name for name in names if name in {*columns, *sources, "step", "module"}]
         # The steps first: of a run that is being written, every row of these is there by now.
         finished = self._step_numbers() if table in BY_STEP else None
-        rows = self._stored(table, wanted)
-        if finished is not None:
-            rows = _keep_steps(rows, finished)
-        computed = derive(rows, [name for name in derived if name not in kept or name not in rows.column_names])
-        stored = to_columns(rows.drop_columns([name for name in computed if name in rows.column_names]), self._names())
-        found = {**stored, **{name: stored[name].astype(np.float64) for name in kept if name in stored}, **computed}
+        pieces = []
+        for part in parts_of(self.manifest):
+            kept = part.derived(table)  # computed when the part was completed
+            wanted = None
+            if columns is not None:
+                sources = {source for name in derived if name not in kept for source in sources_of(name)}
+                wanted = [*columns, *sources, "step", "module", *(("split", "metric") if table == "evals" else ())]
+            rows, whole = self._read_part(table, part, wanted)
+            if finished is not None:
+                rows = _keep_steps(rows, finished)
+            missing = [name for name in derived if name not in kept or name not in rows.column_names]
+            pieces.append(Piece(rows, derive(rows, missing), kept & set(rows.column_names)))
+            if not whole:
+                break
+        piece = join_pieces(pieces, table)
+        found = self._to_columns(piece)
         if "module" in found:
             # Of the manifest, for convenience.
             records = self.manifest.modules
@@ -157,6 +185,13 @@ class Run(Frames):
         shown = dict.fromkeys([name for name in order if name in found] + (list(found) if columns is None else []))
         return make_frame({name: found[name] for name in shown})
 
+    def _to_columns(self, piece: Piece) -> dict[str, Any]:
+        names = {column: list(numbers) for column, numbers in numbers_of(self.manifest).items()}
+        rows = piece.rows.drop_columns([name for name in piece.computed if name in piece.rows.column_names])
+        stored = to_columns(rows, names)
+        kept = {name: stored[name].astype(np.float64) for name in piece.kept if name in stored}
+        return {**stored, **kept, **piece.computed}
+
     def _derived_columns(self, table: str, columns: Sequence[str] | None) -> list[str]:
         """Which of the wanted columns follow from others; those of measures only if somebody asks for them."""
         derived = [c.name for c in columns_of(table) if c.derived and (columns is None or c.name in columns)]
@@ -165,45 +200,69 @@ class Run(Frames):
             derived += [c.name for c in measured_columns(table) if c.derived and c.name in others]
         return derived
 
-    def _names(self) -> dict[str, list[str]]:
-        return {column: list(numbers) for column, numbers in numbers_of(self.manifest).items()}
-
     def _schema(self, table: str) -> pa.Schema:
-        return live_schema(table, self.manifest.columns)
+        return schema_of(self.manifest, table)
 
     def _step_numbers(self) -> pa.Array:
         return self._stored("steps", ["step"])["step"].combine_chunks()
 
     def _stored(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Stored columns of a table from Parquet or the live stream, modules and factors by name."""
-        schema = self._schema(table)
+        """Stored columns of a table of all parts."""
+        found = []
+        for part in parts_of(self.manifest):
+            rows, whole = self._read_part(table, part, columns)
+            found.append(rows)
+            if not whole:
+                break  # what follows a gap would look as if it followed what stands before
+        return found[0] if len(found) == 1 else pa.concat_tables(found, promote_options="default")
+
+    def _read_part(self, table: str, part: Part, columns: Sequence[str] | None) -> tuple[pa.Table, bool]:
+        """Stored columns of a table of one part, modules and factors by name, and whether that is all of them."""
         if table not in tables_of(self.manifest.schema_version):
-            return name_columns(schema.empty_table(), numbers_of(self.manifest))
-        for _ in range(2):
-            entry = self.manifest.tables.get(table)
-            if entry is not None:
-                try:
-                    return read_parquet(self.path, entry, columns)
-                except DamageError as error:
-                    if not self._drop_damage:
-                        raise
-                    warnings.warn(f"{error} Nothing of this table is read.", stacklevel=4)
-                    return name_columns(schema.empty_table(), numbers_of(self.manifest))
-            path = self.path / stream_name(table)
+            return named(schema_of(self.manifest, table).empty_table(), self.manifest), True
+        rows, whole = read_part(self.path, part, table, columns, drop_damage=self._drop_damage)
+        if part.is_live(table):
+            # Modules may have been declared after this run was opened.
+            latest = read_manifest(self.path)
+            moved = parts_of(latest) != parts_of(self.manifest)
+            self.manifest = latest
+            if moved:
+                raise _MovedError
+        return named(rows, self.manifest), whole
+
+    def _retrying(self, read: Callable[[], T]) -> T:
+        """Read what may be completed or resumed meanwhile: all of it as it was before, or all as it is now."""
+        self._refresh()
+        for _ in range(_NUM_ATTEMPTS):
+            manifest = self.manifest
             try:
-                rows = read_stream(path, schema, until_damage=self._drop_damage)
-            except FileNotFoundError:
-                # The run was completed after the manifest was read, or is not there.
-                self.manifest = read_manifest(self.path)
+                return read()
+            except _MovedError:
                 continue
-            if self.manifest.ended is None:
-                # Modules may have been declared after this run was opened.
+            except (DamageError, FileNotFoundError) as error:
                 self.manifest = read_manifest(self.path)
-            rows = name_columns(rows, numbers_of(self.manifest))
-            return rows if columns is None else rows.select([name for name in columns if name in schema.names])
-        raise DamageError(
-            str(self.path), expected=f"the table {table}", got="no file of it", do="restore the folder from a copy"
+                if self.manifest != manifest:
+                    continue
+                if isinstance(error, DamageError):
+                    raise
+                raise self._lost(f"no {Path(str(error.filename)).name}") from error
+        raise self._lost("one that changes all the time")
+
+    def _refresh(self) -> None:
+        """Take notice of what became of a run that was written when it was opened, or that was moved on since."""
+        parts = parts_of(self.manifest)
+        tables = tables_of(self.manifest.schema_version)
+        if self.manifest.ended is None or not all((self.path / parts[-1].file(table)).exists() for table in tables):
+            self.manifest = read_manifest(self.path)
+
+    def _lost(self, what: str) -> DamageError:
+        return DamageError(
+            str(self.path), expected="all tables of the run", got=what, do="restore the folder from a copy"
         )
+
+
+class _MovedError(Exception):
+    """The run was completed or resumed while it was read."""
 
 
 def _keep_steps(rows: pa.Table, finished: pa.Array) -> pa.Table:

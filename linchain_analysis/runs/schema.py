@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SPECTRUM = pa.list_(pa.float32())
 # Modules and factors are numbers in a live stream, and names in Parquet, which then says by itself what it is about.
@@ -60,11 +62,21 @@ LIVE: dict[str, pa.Schema] = {
     "scalars": pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())]),
     # One row per step and module of a snapshot: its small cores, as the bytes of a safetensors file.
     "snapshots": pa.schema([("step", pa.int32()), ("module", _NUMBER), ("tensors", pa.binary())]),
+    # One row per finding that begins or ends: what it is, of which module or quantity, and in words.
+    "health": pa.schema(
+        [
+            ("step", pa.int64()),
+            ("finding", pa.string()),
+            ("subject", pa.string()),
+            ("began", pa.bool_()),
+            ("message", pa.string()),
+        ]
+    ),
 }
 TABLES = tuple(LIVE)
 # A row of these counts only if the table `steps`, written last in each step, has its step.
 BY_STEP = ("modules", "factors", "links", "snapshots")
-_SINCE = {"snapshots": 2}  # the schema version that brought a table, where it was not the first
+_SINCE = {"snapshots": 2, "health": 3}  # the schema version that brought a table, where it was not the first
 
 # How the kinds of `vocabulary.Column` are stored in the columns that measures add.
 _STORED = {
@@ -96,11 +108,22 @@ def live_schema(table: str, added: Mapping[str, Sequence[Sequence[str]]]) -> pa.
     return schema
 
 
-def stream_name(table: str) -> str:
-    """Return the file name of a table while the run is written."""
-    return f"{table}.arrows"
+def stream_name(table: str, number: int = 1) -> str:
+    """Return the file name of a table while part `number` of the run is written."""
+    return f"{_stem(table, number)}.arrows"
 
 
-def parquet_name(table: str) -> str:
-    """Return the file name of a table of a complete run."""
-    return f"{table}.parquet"
+def parquet_name(table: str, number: int = 1) -> str:
+    """Return the file name of a table of a complete part of a run."""
+    return f"{_stem(table, number)}.parquet"
+
+
+def next_number(folder: Path) -> int:
+    """Return a number that no file of a table in `folder` has, also none left by an attempt that died."""
+    named = re.compile(rf"(?:{'|'.join(TABLES)})-(\d+)\.(?:arrows|parquet)(?:\.part)?")
+    found = [named.fullmatch(path.name) for path in folder.iterdir()]
+    return max([1, *(int(match[1]) for match in found if match)]) + 1
+
+
+def _stem(table: str, number: int) -> str:
+    return table if number == 1 else f"{table}-{number}"

@@ -7,6 +7,7 @@ other fault is damage: without the checksum most flipped bits would read as othe
 from __future__ import annotations
 
 import io
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from linchain_analysis.errors import DamageError
+from linchain_analysis.errors import DamageError, RunError
 
 _CRC = b"crc32"
 _INDEX = b"batch"
@@ -25,7 +26,9 @@ class StreamWriter:
     """Appends batches to one file; each is in the hands of the operating system when `append` returns."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
         self._file = path.open("xb", buffering=0)
+        self._identity = _identify(os.fstat(self._file.fileno()))
         self._collected = io.BytesIO()
         self._writer = pa.ipc.new_stream(pa.PythonFile(self._collected, mode="w"), schema)
         self._schema = schema
@@ -33,9 +36,15 @@ class StreamWriter:
         self._fault: OSError | None = None
 
     def append(self, columns: Mapping[str, pa.Array]) -> int:
-        """Write one batch and return how many bytes that took."""
+        """Write one batch and return how many bytes that took.
+
+        Raises:
+            RunError: The file, or its folder, was deleted or replaced.
+            OSError: It could not be written; the stream ends with the batch before.
+        """
         if self._fault is not None:
             raise self._fault
+        self.check_place()
         batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         crc = checksum(batch, self._num_batches)
         self._writer.write_batch(
@@ -43,6 +52,24 @@ class StreamWriter:
         )
         self._num_batches += 1
         return self._hand_over()
+
+    def check_place(self) -> None:
+        """Raise unless the file still stands where it was made: else what is written would be in nobody's hands.
+
+        Raises:
+            RunError: It does not.
+        """
+        try:
+            found = _identify(os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if found != self._identity:
+            raise RunError(
+                f"the run folder {self.path.parent}",
+                expected=f"the {self.path.name} that is being written",
+                got=f"{'none' if found is None else 'another one'}: it vanished or was replaced",
+                do="leave a run alone while it is written",
+            )
 
     def close(self) -> None:
         """Write the end mark and close the file."""
@@ -82,27 +109,27 @@ def checksum(batch: pa.RecordBatch, index: int) -> int:
     return crc
 
 
-def read_stream(path: Path, schema: pa.Schema, *, until_damage: bool = False) -> pa.Table:
-    """Read the whole batches of a stream.
-
-    Args:
-        path: The file.
-        schema: What it must hold.
-        until_damage: Return what stands before damage, with a warning, instead of raising.
+def read_stream(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read the whole batches of a stream that must hold `schema`.
 
     Raises:
         DamageError: A batch is wrong, or something that is no batch stands before the end.
     """
-    data = path.read_bytes()
-    batches: list[pa.RecordBatch] = []
     try:
-        batches.extend(_read_batches(path, data, schema))
+        batches = list(_read_batches(path.read_bytes(), schema))
     except _Damage as damage:
-        if not until_damage:
-            raise _error(path, damage) from None
-        warnings.warn(f"{path}: {damage}; {len(damage.before)} batches before it are read.", stacklevel=2)
-        batches = damage.before
+        raise _error(path, damage) from None
     return pa.Table.from_batches(batches, schema=schema)
+
+
+def read_until_damage(path: Path, schema: pa.Schema) -> tuple[pa.Table, bool]:
+    """Read what stands before damage, with a warning if there is any; return it and whether that is all."""
+    try:
+        batches = list(_read_batches(path.read_bytes(), schema))
+    except _Damage as damage:
+        warnings.warn(f"{path}: {damage}; {len(damage.before)} batches before it are read.", stacklevel=2)
+        return pa.Table.from_batches(damage.before, schema=schema), False
+    return pa.Table.from_batches(batches, schema=schema), True
 
 
 class _Damage(Exception):
@@ -111,7 +138,7 @@ class _Damage(Exception):
         self.before = before
 
 
-def _read_batches(path: Path, data: bytes, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _read_batches(data: bytes, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     done: list[pa.RecordBatch] = []
     source = pa.BufferReader(data)
     try:
@@ -177,6 +204,10 @@ def _holds_batch(data: bytes) -> bool:
         return bool(pa.ipc.read_message(pa.BufferReader(data)).type == "record batch")
     except (pa.ArrowException, OSError, ValueError, EOFError, OverflowError, MemoryError):
         return False
+
+
+def _identify(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _error(path: Path, damage: _Damage) -> DamageError:

@@ -1,12 +1,14 @@
 """Make the runs in `data/schema-N`: run once when a schema version is released, then keep what it made for ever.
 
 The values are simple functions of step and place, so that a test can know them without this script. What is here is
-what the newest version holds; `schema-1` was made when there were no columns of measures, links and snapshots.
+what the newest version holds; `schema-1` was made when there were no columns of measures, links and snapshots,
+`schema-2` when there were no health and no runs that were resumed.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,19 @@ MANIFEST = Manifest(
     columns={"modules": (("first_order_share", "float"), ("order_ratios", "values"))},
 )
 SNAPSHOT_STEP = 2
+PROCESS = {"pid": 1, "host": "elsewhere", "started": None}
+# What follows when the run goes on: another preset, without the columns of `orders` and with one of its own.
+NEXT = replace(
+    MANIFEST,
+    command=("train.py", "--resume"),
+    preset="light",
+    init_seed=None,
+    packages={"linchain-analysis": "0.2.0"},
+    started="2026-01-02T00:00:00+00:00",
+    measures=("balance",),
+    columns={"modules": (("second_share", "float"),)},
+)
+RESUMED_AFTER = 2
 
 
 def snapshot_cores() -> Cores:
@@ -98,14 +113,44 @@ def write_run(path: Path, num_steps: int) -> RunWriter:
     for step in range(1, num_steps + 1):
         write_step(writer, step)
     writer.append("scalars", {"step": [2, 2, 99], "name": ["loss", "aux", "loss"], "value": [7.0, 8.0, 9.0]})
+    finding = {"step": [1, 3], "finding": ["spike", "spike"], "subject": ["loss", "loss"]}
+    writer.append("health", {**finding, "began": [True, False], "message": ["loss rose", "loss is as before"]})
+    return writer
+
+
+def write_next_part(path: Path) -> RunWriter:
+    """Go on after step 2 with steps 3 and 4, and leave the run open."""
+    writer = RunWriter.resume(path, NEXT, after=RESUMED_AFTER)
+    writer.append("evals", {"step": [0, 2], "split": ["eval"] * 2, "metric": ["accuracy"] * 2, "value": [0.25, 0.5]})
+    for step in (3, 4):
+        writer.append(
+            "modules", {"step": [step], "module": [NAMES[0]], "delta_norm": [step * 8.0], "second_share": [step / 8]}
+        )
+        writer.append("steps", {"step": [step], "loss": [step * 2.0], "learning_rate": [0.02], "skipped": [True]})
+    writer.append("scalars", {"step": [4], "name": ["aux"], "value": [16.0]})
+    writer.append(
+        "health",
+        {"step": [4], "finding": ["idle"], "subject": [NAMES[1]], "began": [True], "message": ["it does not move"]},
+    )
     return writer
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    write_run(folder / "complete", 3).close()
+    complete = write_run(folder / "complete", 3)
+    complete.update_manifest(process=PROCESS)
+    complete.close()
     killed = write_run(folder / "killed", 3)
+    killed.update_manifest(process=PROCESS)
     # A step whose row of `steps` was never written, and a batch that a kill cut short.
     killed.append("modules", {"step": [4], "module": [NAMES[0]], "spectrum": [np.array([9.0])]})
     stream = folder / "killed" / "factors.arrows"
     stream.write_bytes(stream.read_bytes()[:-40])
+    first = write_run(folder / "resumed", 3)
+    first.update_manifest(process=PROCESS)
+    del first
+    resumed = write_next_part(folder / "resumed")
+    resumed.update_manifest(process=PROCESS)
+    resumed.close()
+    for lock in folder.glob("*/.lock"):
+        lock.unlink()

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from runs.make_schema_run import MANIFEST, NAMES, snapshot_cores, write_run, write_step
+from runs.make_schema_run import MANIFEST, NAMES, PROCESS, snapshot_cores, write_next_part, write_run, write_step
 
 from linchain_analysis.errors import RunError
-from linchain_analysis.runs import SCHEMA_VERSION, Manifest, RunWriter, load_run, load_runs, read_snapshots
+from linchain_analysis.runs import SCHEMA_VERSION, Manifest, Run, RunWriter, load_run, load_runs, read_snapshots
 from linchain_analysis.runs import writer as writing
 
-TABLES = ("steps", "modules", "factors", "links", "evals", "snapshots")
+TABLES = ("steps", "modules", "factors", "links", "evals", "snapshots", "health")
+HEALTH = ["step", "finding", "subject", "began", "message"]
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("form", ["complete", "killed"])
 def test_a_run_of_any_schema_version_reads_as_it_was_written(version: int, form: str) -> None:
     run = load_run(DATA / f"schema-{version}" / form)
@@ -58,22 +59,80 @@ def test_a_run_of_any_schema_version_reads_as_it_was_written(version: int, form:
         for found, known in zip(getattr(snapshot.cores, name), getattr(expected, name), strict=True):
             np.testing.assert_array_equal(found, known)
     np.testing.assert_array_equal(snapshot.whole_gradients[NAMES[0]]["W1"], [[0.0, 1.0], [np.nan, 3.0]])
+    if version < 3:
+        assert run.health.empty and run.health.columns.tolist() == HEALTH
+        assert run.manifest.process is None
+        return
+    assert run.health.to_dict("list") == {
+        "step": [1, 3],
+        "finding": ["spike"] * 2,
+        "subject": ["loss"] * 2,
+        "began": [True, False],
+        "message": ["loss rose", "loss is as before"],
+    }
+    assert run.manifest.process == PROCESS and run.manifest.segments == ()
+
+
+def test_a_resumed_run_of_schema_3_reads_as_it_was_written() -> None:
+    run = load_run(DATA / "schema-3" / "resumed")
+    check_resumed(run)
+    assert (run.manifest.schema_version, run.status, run.is_alive) == (3, "complete", False)
+    (segment,) = run.manifest.segments
+    assert (segment.number, segment.last_step, segment.num_steps, segment.status) == (1, 2, 2, "running")
+    assert (segment.command, segment.preset, segment.measures) == (("train.py",), "standard", ("orders", "balance"))
+
+
+def check_resumed(run: Run) -> None:
+    """What `write_run` of three steps and `write_next_part` make together."""
+    assert run.num_steps == 4
+    assert run.steps["step"].tolist() == [1, 2, 3, 4]
+    assert run.steps["loss"].tolist() == [1.0, 7.0, 6.0, 8.0]
+    np.testing.assert_array_equal(run.steps["aux"], [np.nan, 8.0, np.nan, 16.0])
+    assert run.steps["skipped"].tolist() == [False, False, True, True]
+    measured = run.modules[run.modules["module"] == NAMES[0]]
+    assert measured["step"].tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(measured["delta_norm"], [5.0, 10.0, 24.0, 32.0], rtol=1e-12)
+    np.testing.assert_allclose(measured["stable_rank"], [25 / 16, 25 / 16, np.nan, np.nan], rtol=1e-12)
+    np.testing.assert_array_equal(measured["first_order_share"], [0.875, 0.75, np.nan, np.nan])
+    np.testing.assert_array_equal(measured["second_share"], [np.nan, np.nan, 0.375, 0.5])
+    assert measured["kind"].tolist() == ["q_proj"] * 4 and measured["layer"].tolist() == [0] * 4
+    assert run.modules[run.modules["module"] == NAMES[1]]["step"].tolist() == [1, 2]
+    assert run.factors["grad_norm"].tolist() == [s + p / 8 for s in (1, 2) for p in range(6)]
+    assert run.links["step"].tolist() == [1, 1, 2, 2]
+    assert run.evals[["step", "value"]].values.tolist() == [[0, 0.25], [2, 0.5]]
+    assert run.health[["step", "finding", "began"]].values.tolist() == [[1, "spike", True], [4, "idle", True]]
+    (snapshot,) = read_snapshots(run)
+    assert snapshot.step == 2
+    manifest = run.manifest
+    assert (manifest.started, manifest.resumed) == ("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00")
+    assert (manifest.init_seed, manifest.command, manifest.preset) == (1, ("train.py", "--resume"), "light")
+    assert (manifest.packages, manifest.measures) == ({"linchain-analysis": "0.2.0"}, ("balance",))
 
 
 def test_every_schema_version_is_kept() -> None:
     assert sorted(path.name for path in DATA.iterdir()) == [f"schema-{n}" for n in range(1, SCHEMA_VERSION + 1)]
 
 
-def test_a_kill_anywhere_in_close_leaves_the_run_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_kill_anywhere_in_close_leaves_the_run_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
     class Killed(BaseException):
         pass
 
-    write_run(tmp_path / "intact", 3).close()
+    def write(path: Path) -> RunWriter:
+        first = write_run(path, 3)
+        if resumed:
+            first.close()
+            return write_next_part(path)
+        return first
+
+    write(tmp_path / "intact").close()
     whole = {table: load_run(tmp_path / "intact").read(table) for table in TABLES}
     num_calls = 0
     moments = [(writing, "write_parquet"), (writing, "write_manifest"), (Path, "unlink")]
     for kill_at in range(1, 100):
-        writer = write_run(tmp_path / "run", 3)
+        writer = write(tmp_path / "run")
         num_calls = 0
         with monkeypatch.context() as patch:
             for owner, name in moments:
@@ -98,7 +157,7 @@ def test_a_kill_anywhere_in_close_leaves_the_run_readable(tmp_path: Path, monkey
         shutil.rmtree(tmp_path / "run")
         if not killed:
             break
-    assert kill_at > 14  # seven tables, the manifest, seven streams
+    assert kill_at > 16  # eight tables, the manifest, eight streams
 
 
 def test_a_full_disk_ends_the_stream_at_its_last_whole_batch(tmp_path: Path) -> None:
@@ -163,6 +222,7 @@ def test_many_runs_read_as_one(tmp_path: Path) -> None:
     assert runs.catalogue["num_steps"].tolist() == [2, 3]
     assert runs.read("steps", ["step"])["step"].tolist() == [1, 2, 1, 2, 3]
     assert runs.steps["run"].unique().tolist() == ["seed0", "seed1"]
+    assert runs.health[["run", "step"]].values.tolist() == [["seed0", 1], ["seed0", 3], ["seed1", 1], ["seed1", 3]]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 40, 160])
