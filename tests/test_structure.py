@@ -23,11 +23,12 @@ ROOMS = {
     "training": {"adapters", "tracking", "problems", "runs"},
     "analysis": {"runs", "measures"},
     "plots": {"analysis"},
+    "watching": {"runs", "measures"},
     "auditing": {"measures", "probes", "adapters", "runs", "problems"},
     # It measures every other room, and nothing but the door imports it.
     "benchmarks": {"adapters", "probes", "tracking", "runs", "problems", "training", "measures", "analysis", "plots"},
 }
-WITHOUT_TORCH = ("measures", "runs", "analysis", "plots")
+WITHOUT_TORCH = ("measures", "runs", "analysis", "plots", "watching")
 
 
 NO_TORCH = """
@@ -67,7 +68,7 @@ def test_ground_imports_nothing_and_nothing_imports_a_door() -> None:
     for name in GROUND:
         assert imported_rooms(PACKAGE / f"{name}.py") <= GROUND
     doors = {file.stem for file in PACKAGE.glob("*.py")} - GROUND - {"__init__"}
-    assert doors >= {"track", "finetune", "sweep", "figures", "bench", "audit"}
+    assert doors >= {"track", "finetune", "sweep", "figures", "bench", "audit", "watch"}
     for file in PACKAGE.rglob("*.py"):
         assert not imported_rooms(file) & doors, file
 
