@@ -65,9 +65,12 @@ def describe_runs(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def checksum(folder: Path) -> str:
-    """Return the SHA-256 over names and contents of the files that lie in `folder` itself, in order of name."""
+    """Return the SHA-256 over names and contents of the files that lie in `folder` itself, in order of name.
+
+    Hidden ones are left out: the lock of a run says who writes it and nothing of what was measured.
+    """
     total = hashlib.sha256()
-    for path in sorted(file for file in folder.iterdir() if file.is_file()):
+    for path in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
         with open(path, "rb") as file:
             total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,7 @@ from transformers import TrainerCallback as HubTrainerCallback
 from linchain_analysis.tracking.presets import select
 from linchain_analysis.tracking.schedule import Every, parse_every
 from linchain_analysis.tracking.tracker import Tracker
-
-# What the Trainer reports with an evaluation that is not a metric of the model.
-_COUNTS = ("num_input_tokens_seen", "total_flos")
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+from linchain_analysis.tracking.trainers import TrainerEvents
 
 
 class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -53,14 +51,18 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
         select(preset, options.get("measures"))
         parse_every(every)
         self.path = Path(path)
-        self.tracker: Tracker | None = None
         self._given_path = self.path
-        self._early: list[dict[str, Any]] = []  # metrics of evaluations before training, which belong to step 0
+        self._events = TrainerEvents()
         self._base_learning_rate = base_learning_rate
         self._init_seed = init_seed
         self._data_seed = data_seed
         self._close_on_train_end = close_on_train_end
         self._options = {"preset": preset, "every": every, "method": method, "problem": problem, **options}
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The tracker of the last training, None before the first."""
+        return self._events.tracker
 
     def close(self, status: str = "complete", message: str | None = None) -> None:
         """End the run now."""
@@ -69,58 +71,33 @@ class TrackerCallback(HubTrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start tracking the Trainer's model and optimiser."""
-        if self.tracker:
-            self.tracker.close("interrupted", "training began anew")
-        data_seed = args.seed if args.data_seed is None else args.data_seed
-        self.tracker = Tracker(
-            kwargs["model"],
-            kwargs["optimizer"],
-            self._given_path,
-            base_learning_rate=args.learning_rate if self._base_learning_rate is None else self._base_learning_rate,
-            init_seed=args.seed if self._init_seed is None else self._init_seed,
-            data_seed=data_seed if self._data_seed is None else self._data_seed,
-            num_steps=state.max_steps,
-            deferred=True,
-            **{"resume": state.global_step or False, **self._options},
+        self._events.train_begins(
+            args, state, lambda known: self._make_tracker(kwargs["model"], kwargs["optimizer"], known)
         )
-        self.path = self.tracker.path
-        early, self._early = self._early, []
-        for metrics in early:
-            self._keep(metrics)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the step with the Trainer's epoch and token count."""
-        if self.tracker:
-            known = {"epoch": float(state.epoch)} if state.epoch is not None else {}
-            if state.num_input_tokens_seen:
-                known["tokens"] = int(state.num_input_tokens_seen)
-            self.tracker.complete_step(**known)
+        self._events.step_ends(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the metrics of an evaluation."""
-        self._keep(kwargs.get("metrics"))
+        self._events.evaluated(kwargs.get("metrics"))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         """Keep the metrics of a prediction."""
-        self._keep(metrics)
+        self._events.evaluated(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run with the training."""
-        if self._close_on_train_end:
-            self.close()
+        self._events.train_ends(close=self._close_on_train_end)
 
-    def _keep(self, metrics: Any) -> None:
-        if not metrics:
-            return
-        if not self.tracker:
-            self._early.append(dict(metrics))
-            return
-        by_split: dict[str, dict[str, float]] = {}
-        for key, value in metrics.items():
-            split, _, metric = str(key).partition("_")
-            if key in _COUNTS or metric.endswith(_SPEED):
-                continue
-            if metric and isinstance(value, (int, float)):
-                by_split.setdefault(split, {})[metric] = value
-        for split, found in by_split.items():
-            self.tracker.log_eval(split, **found)
+    def _make_tracker(self, model: Any, optimizer: Any, known: Mapping[str, Any]) -> Tracker:
+        said = {
+            "base_learning_rate": self._base_learning_rate,
+            "init_seed": self._init_seed,
+            "data_seed": self._data_seed,
+        }
+        said = {name: value for name, value in said.items() if value is not None}
+        tracker = Tracker(model, optimizer, self._given_path, **{**known, **self._options, **said})
+        self.path = tracker.path
+        return tracker

@@ -6,19 +6,26 @@ What is watched, and why there:
     clipping by norm or value   gradients must be read before it, and its coefficient kept
     Optimizer.__init__          which optimisers there are, for scripts that say nothing
     Optimizer.step              the step itself; a closure is wrapped, since it may hold the whole backward pass
+    CallbackHandler.call_event  what transformers' Trainer tells of a training, for scripts that say nothing
 
 The patches are put in when the first listener comes, and taken out when the last one leaves. Each calls the original
-with what it was given and returns what that returned.
+with what it was given and returns what that returned. Nothing here keeps an optimiser alive, and a forked process
+starts without listeners: what it trains is not what is tracked here.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import wrapt
 from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
@@ -28,7 +35,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 class Listener(Protocol):
     """What is told of a training. No method may raise."""
 
-    optimizer: Optimizer
+    @property
+    def optimizer(self) -> Optimizer:
+        """Who is followed."""
 
     def begin_backward(self) -> None:
         """A backward pass is about to start."""
@@ -58,19 +67,24 @@ class Watch:
     def __init__(self, listener: Listener) -> None:
         optimizer = unwrap_optimizer(listener.optimizer)
         self._listener = listener
+        self._optimizer = weakref.ref(optimizer)
         self._handles = [
             # A compiled training step is left for these, instead of being traced through them.
             optimizer.register_step_pre_hook(_leaving_compiled_code(self._before_step)),
             optimizer.register_step_post_hook(_leaving_compiled_code(self._after_step)),
         ]
         self.num_steps_seen = 0
-        _PATCHES.leave_compiled_code()
         _PATCHES.add(self)
 
     @property
     def listener(self) -> Listener:
         """Who is told."""
         return self._listener
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """Who is watched; None once nobody else needs it."""
+        return self._optimizer()
 
     def close(self) -> None:
         """Stop watching; the last to leave takes the patches out."""
@@ -114,6 +128,8 @@ class Scout:
         created: An optimiser was made.
         after_backward: A backward pass ended, from these losses, scaled by this scaler.
         before_step: An optimiser is about to step.
+        trainer_event: A Trainer's callback handler has passed on an event: its name, the Trainer's arguments and state,
+            and what else came with it.
     """
 
     def __init__(
@@ -122,16 +138,24 @@ class Scout:
         created: Callable[[Optimizer], None],
         after_backward: Callable[[Sequence[Tensor], Any], None],
         before_step: Callable[[Optimizer], None],
+        trainer_event: Callable[[Any, str, Any, Any, Mapping[str, Any]], None],
     ) -> None:
         self.created = created
         self.after_backward = after_backward
-        self._handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: before_step(optimizer))
+        self.trainer_event = trainer_event
+        told = _PATCHES.apart(before_step)
+        self._handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: told(optimizer))
         _PATCHES.add(self)
 
     def close(self) -> None:
         """Hear no more."""
         self._handle.remove()
         _PATCHES.remove(self)
+
+
+def is_watched(optimizer: Optimizer) -> bool:
+    """Whether somebody follows `optimizer` (unwrapped) already."""
+    return _PATCHES.watches(optimizer)
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
@@ -152,11 +176,24 @@ class _Patches:
         self._busy = threading.local()
         # What GradScaler.scale was given and returned, and which scaler it was, until its backward pass.
         self._scaled: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=16)
-        self._tell_of_clipping: Callable[[Sequence[Tensor], Tensor | None], None] = self._tell_listeners
+        self._apart: list[list[Callable[..., Any]]] = []  # functions that were there before the compiler
+        self._tell_of_clipping: Callable[..., Any] = self._tell_listeners
+        self._prepared = False
 
-    def leave_compiled_code(self) -> None:
-        """From now on leave compiled code to tell of clipping. Costs an import that everything with PEFT has paid."""
-        self._tell_of_clipping = _leaving_compiled_code(self._tell_listeners)
+    def apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` so that a compiled training step is left for it, instead of being traced through it.
+
+        Until somebody imports the compiler, which takes seconds, there is none to be left.
+        """
+        if "torch._dynamo" in sys.modules:
+            return _leaving_compiled_code(function)
+        held = [function]
+        self._apart.append(held)
+        return lambda *args, **kwargs: held[0](*args, **kwargs)
+
+    def _leave_compiled_code(self) -> None:
+        for held in self._apart:
+            held[0] = _leaving_compiled_code(held[0])
 
     def add(self, one: Watch | Scout) -> None:
         with self._lock:
@@ -164,8 +201,20 @@ class _Patches:
                 self._install()
             if isinstance(one, Watch):
                 self._watches.append(one)
-            else:
-                self._scouts.append(one)
+                return
+            self._scouts.append(one)
+            if len(self._scouts) == 1:  # at once where that module is there already
+                wrapt.when_imported("transformers.trainer_callback")(self._watch_trainers)
+
+    def watches(self, optimizer: Optimizer) -> bool:
+        return any(watch.optimizer is optimizer for watch in list(self._watches))
+
+    def leave_all(self) -> None:
+        """In a forked process: nobody there is told of anything."""
+        self._lock = threading.RLock()  # another thread may have held it
+        everyone: list[Any] = [*self._watches, *self._scouts]
+        for one in everyone:
+            one.close()
 
     def remove(self, one: Watch | Scout) -> None:
         with self._lock:
@@ -175,14 +224,30 @@ class _Patches:
                 if not self._watches and not self._scouts:
                     self._uninstall()
 
+    def _prepare(self) -> None:
+        """What stays for as long as the process lives, and does nothing while there are no listeners."""
+        if self._prepared:
+            return
+        self._prepared = True
+        wrapt.when_imported("torch._dynamo")(lambda _: self._leave_compiled_code())
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.leave_all)
+
     def _install(self) -> None:
+        self._prepare()
+        self._tell_of_clipping = self.apart(self._tell_listeners)
         scaler = torch.amp.GradScaler
         self._replace(Optimizer, "__init__", self._create)
-        self._replace(torch.autograd, "backward", self._backward)
-        self._replace(scaler, "scale", self._scale)
-        self._replace(scaler, "step", self._scaler_step)
+        self._replace(torch.autograd, "backward", self.apart(self._backward))
+        self._replace(scaler, "scale", self.apart(self._scale))
+        self._replace(scaler, "step", self.apart(self._scaler_step))
         self._replace_inside(clip_grad, "_clip_grads_with_norm_", self._clip_by_norm)
         self._replace_inside(clip_grad, "clip_grad_value_", self._clip_by_value)
+
+    def _watch_trainers(self, module: Any) -> None:
+        handler = module.CallbackHandler
+        if self._scouts and not any(owner is handler for owner, *_ in self._originals):
+            self._replace(handler, "call_event", self._call_event)
 
     def _replace_inside(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace the function that a decorated one calls, so that scripts which imported it by name are seen too."""
@@ -199,12 +264,10 @@ class _Patches:
         if original is None:
             return
 
+        @functools.wraps(original)  # also what pickle finds it by
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
-        replacement.__name__ = getattr(original, "__name__", name)
-        replacement.__doc__ = original.__doc__
-        replacement.__wrapped__ = original  # type: ignore[attr-defined]
         setattr(owner, name, replacement)
         self._originals.append((owner, name, original, replacement))
 
@@ -212,16 +275,25 @@ class _Patches:
         for owner, name, original, replacement in reversed(self._originals):
             if getattr(owner, name, None) is replacement:  # somebody else's later patch stays, around ours
                 setattr(owner, name, original)
-        self._originals = []
+        self._originals, self._apart = [], []
         self._scaled.clear()
 
     def _create(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         original(optimizer, *args, **kwargs)
-        for scout in self._scouts:
+        for scout in list(self._scouts):
             scout.created(optimizer)
 
+    def _call_event(
+        self, original: Callable[..., Any], handler: Any, event: str, args: Any, state: Any, control: Any, **more: Any
+    ) -> Any:
+        result = original(handler, event, args, state, control, **more)
+        for scout in list(self._scouts):
+            scout.trainer_event(handler, event, args, state, more)
+        return result
+
     def _listeners(self) -> list[Listener]:
-        return [watch.listener for watch in self._watches]
+        # A copy, since an optimiser that goes takes its watch with it at any moment.
+        return [watch.listener for watch in list(self._watches) if watch.optimizer is not None]
 
     def _backward(self, original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._busy, "backward", False):  # a backward pass inside another is part of it
@@ -269,7 +341,8 @@ class _Patches:
         return result
 
     def _scaler_step(self, original: Callable[..., Any], scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        watches = [w for w in self._watches if unwrap_optimizer(w.listener.optimizer) is unwrap_optimizer(optimizer)]
+        inner = unwrap_optimizer(optimizer)
+        watches = [watch for watch in list(self._watches) if watch.optimizer is inner]
         seen = [watch.num_steps_seen for watch in watches]
         result = original(scaler, optimizer, *args, **kwargs)
         for watch, before in zip(watches, seen, strict=True):
@@ -288,7 +361,8 @@ class _Patches:
     ) -> Any:
         parameters = _tensors(parameters)
         with torch.no_grad():  # the same arithmetic as torch.nn.utils.clip_grad
-            coef = torch.clamp(float(max_norm) / (total_norm.detach() + 1e-6), max=1.0)
+            total_norm, whole = _add_up(total_norm)
+            coef = torch.clamp(float(max_norm) / (whole + 1e-6), max=1.0)
         self._tell_of_clipping(parameters, coef)
         return original(parameters, max_norm, total_norm, *args, **kwargs)
 
@@ -313,6 +387,20 @@ def scale_left_in(scaler: Any, optimizer: Optimizer) -> Tensor | None:
     ready = state is None or state["stage"].name == "READY"
     scale: Tensor | None = scaler._scale if ready else None
     return scale
+
+
+def _add_up(norm: Any) -> tuple[Any, Tensor]:
+    """Return a norm as clipping can go on with it, and as a plain tensor.
+
+    Of sharded gradients it is in parts yet, which clipping would add up. Here that is done for it, not once more: the
+    processes of a training have to communicate equally often, whether each of them is watched or not.
+    """
+    if not hasattr(norm, "full_tensor"):
+        return norm, norm.detach()
+    from torch.distributed.tensor import Replicate
+
+    norm = norm.detach().redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    return norm, norm.to_local()
 
 
 def _leaving_compiled_code(function: Callable[..., Any]) -> Callable[..., Any]:

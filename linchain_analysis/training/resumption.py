@@ -10,6 +10,7 @@ from typing import Any
 
 from linchain_analysis.errors import LinchainError, RunError
 from linchain_analysis.runs import load_run
+from linchain_analysis.runs.lock import LOCK
 from linchain_analysis.training.grid import PlannedRun
 
 _MANIFEST = "manifest.json"
@@ -44,7 +45,7 @@ def find_standing(runs: Sequence[PlannedRun], out: Path) -> Standing:
 def _judge(run: PlannedRun, folder: Path) -> str:
     if not folder.exists():
         return "missing"
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {f"{_MANIFEST}.part"}:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, f"{_MANIFEST}.part"}:
         return "half_finished"  # killed before its manifest was whole
     if not (folder / _MANIFEST).is_file():
         raise RunError(str(folder), expected="a run", got=f"something without {_MANIFEST}", do="move it away")

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from linchain_analysis.adapters import method_config
 from linchain_analysis.errors import RunError
+from linchain_analysis.runs.lock import LOCK
 from linchain_analysis.tracking import TrackerCallback
 from linchain_analysis.training.batches import collate
 from linchain_analysis.training.preparation import PreparedProblem, prepare
@@ -55,7 +56,7 @@ def finetune(
         RunError: `out` is not empty.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise RunError(str(out), expected="a new or empty folder", got="one with content", do="choose another name")
     prepared = prepare(settings) if prepared is None else prepared
     settings = settings.resolve(prepared.problem.defaults)
