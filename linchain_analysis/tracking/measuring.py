@@ -93,6 +93,20 @@ class Measuring:
                     added.setdefault(column.table, []).append([column.name, column.kind])
         return added
 
+    def go_on(self, recorded: Sequence[int], snapshot_sizes: Mapping[int, int]) -> None:
+        """Sample and keep snapshots as if this had seen the steps of a run that goes on.
+
+        Args:
+            recorded: Its steps that were recorded whole.
+            snapshot_sizes: Bytes of its snapshots, by step.
+        """
+        for step in recorded:
+            if self.samples(step):
+                self._last_sample = step
+            if self._keeps_snapshot(step):
+                self._last_snapshot = step
+                self._fits(snapshot_sizes.get(step, 0))
+
     def samples(self, step: int) -> bool:
         """Whether dear measures are taken at `step`, if it is recorded."""
         return self._last_sample is None or step - self._last_sample >= self._sample_every
@@ -134,9 +148,7 @@ class Measuring:
 
     def snapshot(self, step: int, reading: Reading) -> dict[str, Any] | None:
         """Return the rows of a snapshot where one is due, or None."""
-        interval = None if self.snapshot_every is None else self.snapshot_every * 2**self._num_thinnings
-        due = interval is not None and (self._last_snapshot is None or step - self._last_snapshot >= interval)
-        if not due or not reading.cores:
+        if not self._keeps_snapshot(step) or not reading.cores:
             return None
         self._last_snapshot = step
         packed: list[tuple[int, bytes]] = []
@@ -152,6 +164,13 @@ class Measuring:
             "module": [self._chains[member].module for member, _ in packed],
             "tensors": [data for _, data in packed],
         }
+
+    def _keeps_snapshot(self, step: int) -> bool:
+        """Whether a snapshot is due at `step`, if it is recorded."""
+        if self.snapshot_every is None:
+            return False
+        interval = self.snapshot_every * 2**self._num_thinnings
+        return self._last_snapshot is None or step - self._last_snapshot >= interval
 
     def _fits(self, size: int) -> bool:
         """Count `size` bytes of a snapshot against the budget, and tell whether they fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,6 +36,11 @@ class NoiseScale:
         self._num_passes += 1
         if self._num_passes == 1:
             self._first = norm_of_gradients(optimizer, scale)
+
+    def go_on(self, estimates: NDArray[np.float64]) -> None:
+        """Average as if this had seen the steps of a run that goes on, whose |G|² and tr Σ are (n, 2)."""
+        for both in estimates:
+            self._average.add(both, np.isfinite(both).all(), _DECAY)
 
     def forget(self) -> None:
         """Begin a step anew."""

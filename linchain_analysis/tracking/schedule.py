@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from linchain_analysis.errors import InputError
@@ -23,6 +23,14 @@ class Schedule(Protocol):
     def wants(self, step: int, bytes_written: int) -> bool:
         """Return whether `step` (counted from 1) is recorded, `bytes_written` to the log so far."""
 
+    def go_on(self, recorded: Sequence[int], bytes_before: int) -> None:
+        """Decide as if this had seen the steps of a run that goes on.
+
+        Args:
+            recorded: Those that were recorded whole.
+            bytes_before: What its log has taken so far.
+        """
+
 
 class EveryN:
     """The steps n, 2 n, 3 n, …, which are those a Trainer with `logging_steps=n` logs."""
@@ -33,6 +41,9 @@ class EveryN:
     def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
         return step % self._n == 0
 
+    def go_on(self, recorded: Sequence[int], bytes_before: int) -> None:  # noqa: D102
+        pass
+
 
 class Chosen:
     """The steps a given function says."""
@@ -42,6 +53,9 @@ class Chosen:
 
     def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
         return bool(self._choose(step))
+
+    def go_on(self, recorded: Sequence[int], bytes_before: int) -> None:  # noqa: D102
+        pass
 
 
 class Budget:
@@ -57,13 +71,21 @@ class Budget:
         self._num_steps = num_steps
         self._num_recorded = 0
         self._next = 1
+        self._bytes_before = 0
 
     def wants(self, step: int, bytes_written: int) -> bool:  # noqa: D102
+        bytes_written += self._bytes_before
         if step < self._next or bytes_written + self._bytes_per_record(bytes_written) > self._budget:
             return False
         self._next = step + self._stride(step, bytes_written)
         self._num_recorded += 1
         return True
+
+    def go_on(self, recorded: Sequence[int], bytes_before: int) -> None:  # noqa: D102
+        self._bytes_before = bytes_before
+        if recorded:
+            self._num_recorded = len(recorded)
+            self._next = recorded[-1] + self._stride(recorded[-1], bytes_before)
 
     def _bytes_per_record(self, bytes_written: int) -> float:
         """What a recorded step took so far with all that came until the next one; 0 before the first."""
