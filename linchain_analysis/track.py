@@ -63,6 +63,14 @@ def parse(
     snapshot_every: Annotated[
         int | None, typer.Option(help="Steps between two snapshots of the small cores; 50 for full, else none.")
     ] = None,
+    resume: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="Go on with the run in --out after this step. Only for optimisers that keep no count of their steps, "
+            "such as plain SGD; otherwise a training resumed from a checkpoint is recognised.",
+        ),
+    ] = None,
 ) -> None:
     """Run SCRIPT unchanged and record what its optimiser does to the adapted layers."""
     chosen = None if measures is None else tuple(name.strip() for name in measures.split(","))

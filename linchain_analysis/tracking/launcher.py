@@ -41,13 +41,14 @@ class Recording:
     include: str | None = None
     exclude: str | None = None
     report_to: tuple[str, ...] = ()
+    resume: int | None = None
 
 
 def check(target: str, *, is_module: bool, out: Path | None, recording: Recording) -> None:
     """Refuse what cannot be meant before anything runs.
 
     Raises:
-        InputError: There is no such script, preset, measure, schedule or mirror, or a pattern is none.
+        InputError: There is no such script, preset, measure, schedule, mirror or step, or a pattern is none.
     """
     if not is_module and not Path(target).is_file():
         raise InputError("SCRIPT", expected="a Python file", got=target, do="check the path, or use -m for a module")
@@ -61,6 +62,10 @@ def check(target: str, *, is_module: bool, out: Path | None, recording: Recordin
     check_intervals(recording.sample_every, recording.snapshot_every)
     check_patterns(recording.include, recording.exclude)
     check_mirrors(recording.report_to)
+    if recording.resume is not None and recording.resume < 1:
+        raise InputError("--resume", expected="a step ≥ 1", got=str(recording.resume), do="name the checkpoint's step")
+    if recording.resume is not None and out is None:
+        raise InputError("--resume", expected="--out with the run to go on with", got="no --out", do="name it")
 
 
 def launch(target: str, arguments: Sequence[str], *, is_module: bool, out: Path | None, recording: Recording) -> None:
@@ -195,7 +200,9 @@ class _Session:
         from linchain_analysis.tracking.resumption import number_path
         from linchain_analysis.tracking.tracker import Tracker
 
-        tracker = Tracker(model, optimizer, number_path(self._folder, number), **{**vars(self._recording), **known})
+        said = vars(self._recording)
+        asked = {} if self._recording.resume is None else {"resume": self._recording.resume}  # goes before a Trainer's
+        tracker = Tracker(model, optimizer, number_path(self._folder, number), **{**said, **known, **asked})
         if tracker.fault is None and writes_here():
             _say(f"tracking into {tracker.path}")
             self._announced.append(tracker)
