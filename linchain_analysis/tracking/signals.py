@@ -53,6 +53,7 @@ class SignalGuard:
         self._handling = threading.Event()
         self._ending = False
         self._hooked = False
+        self._mask = threading.local()  # of the thread that forks
 
     def install(self) -> None:
         """Handle the signals that nobody handles or ignores; only the main thread can."""
@@ -66,7 +67,7 @@ class SignalGuard:
         if not any(signal.getsignal(number) is self._handler for number in _SIGNALS):
             return
         if not self._hooked:
-            os.register_at_fork(after_in_child=self._forget)
+            os.register_at_fork(before=self._hold_back, after_in_parent=self._let_through, after_in_child=self._forget)
             self._hooked = True
         if self._listening is None and hasattr(socket, "SO_PASSCRED"):
             with contextlib.suppress(OSError, RuntimeError):  # no descriptor or no thread is to be had
@@ -94,11 +95,28 @@ class SignalGuard:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
+    # --- around a fork -----------------------------------------------------------------------------------------
+
+    def _hold_back(self) -> None:
+        """Keep signals waiting: the interpreter of a child forgets those that came to a handler before its first line.
+
+        A child would survive a signal that ends it without this handler.
+        """
+        self._mask.held = None
+        if any(signal.getsignal(number) is self._handler for number in _SIGNALS):
+            self._mask.held = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def _let_through(self) -> None:
+        held = getattr(self._mask, "held", None)
+        if held is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
     def _forget(self) -> None:
         """In a forked child: its end is not the end of the parent's run."""
         if self._process and self._process != os.getpid():
             with contextlib.suppress(Exception):
                 self.remove()
+        self._let_through()
 
     # --- in the listener's thread ------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ def watch_in_terminal(
     child, terminal = pty.fork()
     if not child:
         environment = {"TERM": "xterm", **environment}
-        os.execve(WATCH[0], [*WATCH, *map(str, arguments)], {**os.environ, **environment})
+        own = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        os.execve(WATCH[0], [*WATCH, *map(str, arguments)], {**own, **environment})
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     output, deadline = b"", time.monotonic() + 60
     while time.monotonic() < deadline:
