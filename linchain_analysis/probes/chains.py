@@ -173,14 +173,16 @@ def _adapter_names(layer: BaseTunerLayer) -> list[str]:
 
 def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
     factors: tuple[Factor, ...] = ()
-    refused: str | None = f"{type(layer).__name__} of {type(layer).__module__} is not a product of LoRA factors"
-    if isinstance(layer, LoraLayer) and f"{type(layer).__module__}.".startswith(_PRODUCT_HOMES):
+    kind = _own_class(layer)
+    refused: str | None = f"{kind.__name__} of {kind.__module__} is not a product of LoRA factors"
+    if isinstance(layer, LoraLayer) and f"{kind.__module__}.".startswith(_PRODUCT_HOMES):
         factors, refused = _product_factors(layer, adapter), _refusal(layer, adapter)
     if refused or not factors:
         read = {id(factor.parameter) for factor in factors}
         factors += tuple(f for f in _other_factors(layer, adapter) if id(f.parameter) not in read)
     if not factors:
         return None
+    refused = _refuse_flat(factors) or refused
     scaling = getattr(layer, "scaling", None)
     base_weight = _base_weight(layer)
 
@@ -193,6 +195,14 @@ def _read_layer(name: str, layer: BaseTunerLayer, adapter: str) -> Chain | None:
     parts = name.split(".")
     block = next((int(part) for part in parts if part.isdigit()), None)
     return Chain(name, parts[-1], block, adapter, factors, refused, read_scale, layer)
+
+
+def _own_class(layer: nn.Module) -> type:
+    """The class of a layer before torch shards or replicates it: `fully_shard` puts a subclass of its own over it."""
+    kind = type(layer)
+    while kind.__bases__[0].__module__.startswith("torch.distributed."):
+        kind = kind.__bases__[-1]
+    return kind
 
 
 def _product_factors(layer: LoraLayer, adapter: str) -> tuple[Factor, ...]:
@@ -227,6 +237,22 @@ def _refusal(layer: LoraLayer, adapter: str) -> str | None:
     weight = _base_weight(layer)
     if weight is not None and weight.requires_grad:
         return "its base weight trains as well, so the factors are not the whole change"
+    return None
+
+
+def _refuse_flat(factors: Sequence[Factor]) -> str | None:
+    """Why what this process holds of these factors are no matrices, or None where they are."""
+    keeper = next((found for factor in factors if (found := name_flattening(factor.parameter))), None)
+    return keeper and f"{keeper} keeps its factors in flat pieces on several processes"
+
+
+def name_flattening(parameter: Tensor) -> str | None:
+    """Name what keeps `parameter` in flat pieces on several processes, not as a `DTensor`; None where nothing does."""
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    # Marks of torch.distributed.fsdp.FullyShardedDataParallel; `fully_shard` leaves none.
+    if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
+        return "FullyShardedDataParallel (FSDP1; fully_shard does not)"
     return None
 
 

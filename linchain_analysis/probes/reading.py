@@ -143,11 +143,12 @@ class ChainReader:
         return self._wanted.cosines or self._wanted.gradients
 
     @torch.no_grad()
-    def keep_start(self, known: Start | None = None) -> Start:
+    def keep_start(self, known: Start | None = None, base_squares: Array | None = None) -> Start:
         """Remember where training begins; called before the first step.
 
         Args:
             known: Where it began, if it goes on from a checkpoint; else it begins now.
+            base_squares: ‖W‖² of frozen weights that several processes hold together, (num_chains,).
 
         Returns:
             What the run folder has to keep for a training that will go on from a checkpoint. Its `factors` are empty
@@ -163,7 +164,7 @@ class ChainReader:
         elif self._wanted.squares:
             self._start_squares = [group.squares() for group in self._groups]
         if self._wanted.base:
-            self._base_norms = base_norms(self.chains, None if known is None else known.factors)
+            self._base_norms = base_norms(self.chains, None if known is None else known.factors, base_squares)
         return known or Start(
             {
                 f"{self.chains[c].module}/{factor.name}": stack.initial(j)

@@ -68,7 +68,9 @@ class Discovery:
             optimizer = reference()
             if optimizer is None:
                 continue
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            # Sharded ones do not show gradients that are accumulated without communication.
+            if any(p.grad is not None or hasattr(p, "full_tensor") for p in parameters):
                 tracker = self._consider(unwrap_optimizer(optimizer))
                 if tracker is not None:
                     tracker.catch_up(losses, scaler)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from linchain_analysis.probes.host import readable
+from linchain_analysis.probes.shards import counts_here, local_part
 
 
 @torch.no_grad()
@@ -37,9 +38,36 @@ def norm_of_gradients(
     return total
 
 
+@torch.no_grad()
+def square_of_shards(optimizer: Optimizer, scale: Tensor | None = None) -> Tensor | None:
+    """Return what this process adds to Σ‖g‖² over all parameters of `optimizer`; None where none has a gradient.
+
+    Parts of sharded gradients add up over the processes, and what all of them hold alike counts on one. NaN where
+    gradients are not added up yet.
+
+    Args:
+        optimizer: Whose parameters.
+        scale: What the gradients still hold of a gradient scaler.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return None
+    counts = [counts_here(p.grad) for p in parameters]
+    if None in counts:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    grads = [local_part(p.grad) for p, counts_one in zip(parameters, counts, strict=True) if counts_one]
+    norm = _norm([grad for grad in grads if grad.numel()])
+    if norm is None:
+        return torch.zeros((), dtype=torch.float64)
+    return (norm if scale is None else norm / local_part(scale).to(norm.device)) ** 2
+
+
 def _norm_of_others(optimizer: Optimizer, known_ids: Collection[int]) -> Tensor | None:
     parameters = (p for group in optimizer.param_groups for p in group["params"] if id(p) not in known_ids)
-    grads = [p.grad.detach() for p in parameters if p.grad is not None]
+    return _norm([p.grad.detach() for p in parameters if p.grad is not None])
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor | None:
     if not grads:
         return None
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -19,11 +19,14 @@ from torch.optim import Optimizer
 from linchain_analysis.probes import Chain, ChainReader, Reading, Start
 from linchain_analysis.runs import RunWriter, save_start
 from linchain_analysis.tracking.cost import Cost
-from linchain_analysis.tracking.gradients import norm_of_gradients
+from linchain_analysis.tracking.gradients import norm_of_gradients, square_of_shards
 from linchain_analysis.tracking.interception import scale_left_in
+from linchain_analysis.tracking.joint import JointTraining, local_scalar
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.noise import NoiseScale
 from linchain_analysis.tracking.observers import FinishedStep, Observer
+from linchain_analysis.tracking.parameters import WatchedParameters, learning_rates, optimized_rows
+from linchain_analysis.tracking.ranks import Ranks
 from linchain_analysis.tracking.rows import RowMaker
 from linchain_analysis.tracking.schedule import Schedule
 
@@ -41,6 +44,7 @@ def _guarded(method: Callable[P, None]) -> Callable[P, None]:
         self = args[0]
         assert isinstance(self, Recorder)
         if self.failed:
+            self._see_off(method.__name__)
             return
         self._entered = time.perf_counter()
         try:
@@ -69,7 +73,7 @@ class Recorder:
     Args:
         optimizer: The optimiser that is followed (unwrapped).
         chains: What it trains, among the adapted layers.
-        writer: Where rows go.
+        writer: Where rows go; None in the processes that write nothing, and only tell the one that does.
         measuring: What is recorded.
         schedule: Which steps are recorded whole; every step has its row in `steps`.
         deferred: Whether a step's rows wait for `complete_step`, from somebody who knows the epoch.
@@ -77,13 +81,16 @@ class Recorder:
         observers: Told of each step as it ends.
         num_steps: How many steps the run has already, of a training that goes on from a checkpoint.
         start: Where that training began.
+        ranks: The processes that train together; None where this one is by itself.
+        model: What trains.
+        knows_gradients: Whether the norm of all gradients can be told from what this process has.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         chains: Sequence[Chain],
-        writer: RunWriter,
+        writer: RunWriter | None,
         measuring: Measuring,
         schedule: Schedule,
         *,
@@ -92,8 +99,11 @@ class Recorder:
         observers: Sequence[Observer] = (),
         num_steps: int = 0,
         start: Start | None = None,
+        ranks: Ranks | None = None,
+        model: nn.Module | None = None,
+        knows_gradients: bool = True,
     ) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # a script that is done with it may free it
         self.writer = writer
         self.num_steps = num_steps
         self.cost = Cost()
@@ -102,10 +112,16 @@ class Recorder:
         self._wanted = measuring.wanted
         self._group_counts: list[int] = []
         self._optimized: tuple[NDArray[np.bool_], set[int]] = np.zeros(0, dtype=bool), set()
+        self._joint = JointTraining(ranks, chains, optimizer) if ranks else None
+        self._in_parts = self._joint.factors if self._joint else None
         # Without a strong reference to itself, so that a closed tracker frees the optimiser at once.
         own = weakref.proxy(self)
-        self._reader = ChainReader(chains, self._wanted, lambda parameter: own._trains(parameter))
-        self._rows = RowMaker(chains, writer.numbers["factor"])
+        self._reader = ChainReader(
+            self._in_parts.chains if self._in_parts else chains if writer else (),
+            self._wanted,
+            lambda parameter: own._trains(parameter),
+        )
+        self._rows = RowMaker(chains, writer.numbers["factor"]) if writer else None
         self._schedule = schedule
         self._deferred = deferred
         self._fail = fail
@@ -114,8 +130,8 @@ class Recorder:
         self._started = False
         self._known_start = start
         self._observers = list(observers)
-        self._watched = _watched_parameters(optimizer, chains)
-        self._versions: list[tuple[int, int]] = []
+        self._watched = WatchedParameters(chains, model if self._in_parts else None)
+        self._watched.look_up(optimizer)
         self._losses: list[Tensor] = []
         self._scaler: Any = None
         self._clipping: _Clipping | None = None
@@ -125,14 +141,23 @@ class Recorder:
         self._in_closure = False
         self._decided, self._decision = 0, False
         self._grad_norm: Tensor | None = None
+        self._knows_gradients = knows_gradients
         self._learning_rate: Any = None
         self._own_seconds = 0.0
         self._last_end = time.perf_counter()
         self._pending: dict[str, dict[str, Any]] = {}
-        self._last_row: dict[str, list[Any]] = {}
+        self._num_joined = 0
         self._rates: dict[int, float] = {}
         self._noise = NoiseScale() if measuring.selection.noise else None
+        self.unwatch: Callable[[], None] = lambda: None  # how to be told of nothing any more
         self._look_ahead()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser that is followed; nothing is told of one that is gone."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     # --- what the hooks tell -----------------------------------------------------------------------------------
 
@@ -142,27 +167,25 @@ class Recorder:
         if self._stepping and not self._in_closure:
             self._forget()  # the step that had begun was left by an exception
         self._begin()  # before any optimiser steps, of those that train this model together
-        self._watched = _watched_parameters(self.optimizer, self._chains)
+        self._watched.look_up(self.optimizer)
         self._reader.tokens.begin_backward()
-        if self._losses and not self._stepping and all(parameter.grad is None for parameter in self._watched):
+        if self._losses and not self._stepping and self._watched.have_no_gradient:
             self._forget()  # somebody discarded a batch
-        self._versions = [_version(parameter) for parameter in self._watched]
+        self._watched.note_gradients()
 
     @_guarded
     def end_backward(self, losses: Sequence[Tensor], scaler: Any) -> None:
         """Take the loss, if the backward pass reached a parameter of this optimiser."""
-        reached = any(
-            _version(parameter) != before for parameter, before in zip(self._watched, self._versions, strict=True)
-        )
-        if reached:
+        if self._watched.have_changed:
             self._take(losses, scaler)
-            if self._noise is not None and not self._stepping:
+            if self._noise is not None and not self._stepping and not self._joint:
                 self._noise.add_pass(self.optimizer, scale_left_in(scaler, self.optimizer))
 
     @_guarded
     def catch_up(self, losses: Sequence[Tensor], scaler: Any) -> None:
         """Take the loss of a backward pass that was over before anybody listened."""
-        self._take(losses, scaler)
+        if not (self._in_parts and self._watched.have_no_gradient):
+            self._take(losses, scaler)
 
     @_guarded
     def before_clip(self, parameters: Sequence[Tensor], coef: Tensor | None) -> None:
@@ -170,7 +193,7 @@ class Recorder:
         if self._stepping:  # a later evaluation of a closure
             return
         clipped = {id(parameter) for parameter in parameters}
-        if not any(id(parameter) in clipped for parameter in self._watched):
+        if not self._watched.include_any(clipped):
             return
         if not self._read:
             self._read_gradients(scale_left_in(self._scaler, self.optimizer))
@@ -211,6 +234,12 @@ class Recorder:
             self._write()
 
     @_guarded
+    def go_on_averaging(self, noise: NDArray[np.float64]) -> None:
+        """Take the estimates of the gradient noise from the steps of a run that goes on."""
+        if self._noise is not None:
+            self._noise.go_on(noise)
+
+    @_guarded
     def flush(self) -> None:
         """Write the rows that still wait, and look at nothing any more."""
         self._write()
@@ -239,8 +268,10 @@ class Recorder:
             self._read_gradients(scale)
         self._learning_rate = self.optimizer.param_groups[0].get("lr")
         if self._wanted.squares:
-            self._rates = _learning_rates(self.optimizer, self._rates)
-        if self._recording:
+            self._rates = learning_rates(self.optimizer, self._rates)
+        if self._recording and self._in_parts:
+            self._in_parts.take_factors("before")
+        elif self._recording:
             self._reader.read_before()
 
     def _begin(self) -> None:
@@ -248,8 +279,13 @@ class Recorder:
         if self._started:
             return
         self._started = True
-        start = self._reader.keep_start(self._known_start)
-        if self._known_start is None:
+        if self._in_parts:
+            self._in_parts.take_factors("start")  # to be read with the first step
+        elif self.writer:
+            self._save_start(self._reader.keep_start(self._known_start))
+
+    def _save_start(self, start: Start | None) -> None:
+        if self.writer and start and self._known_start is None:
             save_start(self.writer.path, start.factors, start.squares)
         self._known_start = None
 
@@ -258,6 +294,13 @@ class Recorder:
         self._read = True
         self._begin()
         self._recording = self._records(self.num_steps + 1)
+        if self._in_parts:
+            self._grad_norm = square_of_shards(self.optimizer, scale)
+            if self._recording:
+                self._in_parts.take_gradients(scale)
+            return
+        if not self.writer:
+            return
         if self._recording:
             self._reader.read_gradients(scale)
             optimized, ids = self._find_optimized()
@@ -274,16 +317,20 @@ class Recorder:
 
     def _trains(self, parameter: nn.Parameter) -> bool:
         """Whether a factor takes part in training: it has gradients and the optimiser knows it."""
+        if self._joint:
+            parameter = self._joint.original(parameter)
         return parameter.requires_grad and id(parameter) in self._find_optimized()[1]
 
     def _find_optimized(self) -> tuple[NDArray[np.bool_], set[int]]:
         """Which factors the optimiser trains; looked up anew when its groups change."""
         counts = [len(group["params"]) for group in self.optimizer.param_groups]
         if counts != self._group_counts:
-            self._group_counts, self._optimized = counts, _optimized_rows(self.optimizer, self._chains)
+            self._group_counts, self._optimized = counts, optimized_rows(self.optimizer, self._chains)
         return self._optimized
 
     def _records(self, step: int) -> bool:
+        if self.writer is None:  # the process that writes decides, when the step is over
+            return self._in_parts is not None
         if self._decided != step:  # a schedule is asked once for each step
             self._decided, self._decision = step, self._schedule.wants(step, self.writer.bytes_written)
         return self._decision
@@ -291,28 +338,79 @@ class Recorder:
     def _look_ahead(self) -> None:
         """Prepare for what has to be seen before the next step is there: the tokens of its backward pass."""
         step = self.num_steps + 1
-        if self._measuring.looks_at_tokens(step) and self._records(step):
+        if not self._joint and self._measuring.looks_at_tokens(step) and self._records(step):
             self._reader.tokens.arm()
 
     def _finish(self, found_inf: Tensor | None) -> None:
         self.num_steps += 1
+        try:
+            reading, values = self._read_step(found_inf)
+        except Exception:
+            if self._joint:
+                self._joint.leave()
+            raise
+        grad_norm, learning_rate, clip_coef, inf, first_norm, *losses = values
+        loss = sum(losses) if losses else _NAN
+        if self._joint:
+            joined = self._joint.join(recorded=self._recording, losses=losses, grad_norm=grad_norm, found_inf=inf)
+            loss, grad_norm, inf = joined.loss, joined.grad_norm, joined.found_inf
+            if self._joint.in_parts:
+                reading = self._read_parts(recorded=joined.recorded)
+            elif self._joint.ranks.alone:
+                self._joint = None
+        now = time.perf_counter()
+        row: dict[str, list[Any]] = {
+            "step": [self.num_steps],
+            "loss": [loss],
+            "learning_rate": [learning_rate],
+            "grad_norm": [grad_norm],
+            "clip_coef": [clip_coef],
+            "skipped": [inf != 0],
+            "seconds": [now - self._last_end],
+        }
+        self._last_end = now
+        if self.writer:
+            self._make_rows(row, reading, first_norm)
+        self._forget()
+        self._look_ahead()
+        if self.writer:
+            if not self._deferred:
+                self._write()
+            self._tell_observers(row, reading)
+
+    def _read_step(self, found_inf: Tensor | None) -> tuple[Reading | None, list[float]]:
+        """Read what this process has of the step, and bring it to the host at once."""
         clipping = self._clipping
         by_value = clipping is not None and clipping.coef is None
         extra = [
-            _scalar(self._grad_norm),
-            _scalar(self._learning_rate),
-            _scalar(_NAN if by_value else 1.0 if clipping is None else clipping.coef),
-            _scalar(0.0 if found_inf is None else found_inf),
-            _scalar(None if self._noise is None else self._noise.first_norm),
-            *(_scalar(loss) for loss in self._losses),
+            local_scalar(self._grad_norm if self._knows_gradients else None),
+            local_scalar(self._learning_rate),
+            local_scalar(_NAN if by_value else 1.0 if clipping is None else clipping.coef),
+            local_scalar(0.0 if found_inf is None else found_inf),
+            local_scalar(None if self._noise is None else self._noise.first_norm),
+            *(local_scalar(loss) for loss in self._losses),
         ]
-        reading: Reading | None = None
-        if self._recording:
-            reading, values = self._reader.read_after(extra, self._rates)
-        else:
-            values = self._reader.bring_home(extra)
-        grad_norm, learning_rate, clip_coef, inf, first_norm, *losses = values
-        now = time.perf_counter()
+        if self._recording and not self._in_parts:
+            return self._reader.read_after(extra, self._rates)
+        return None, self._reader.bring_home(extra)
+
+    def _read_parts(self, *, recorded: bool) -> Reading | None:
+        """Read factors that several processes hold together."""
+        assert self._joint is not None and self._in_parts is not None
+        reader = self._reader if self.writer else None
+        if self._num_joined == 0:
+            self._save_start(self._joint.keep_start(reader, self._known_start, base=self._wanted.base))
+        self._num_joined += 1
+        if not recorded:
+            return None
+        readings: list[Reading] = []
+        rates = self._joint.of_wholes(self._rates)
+        self._joint.read(reader, lambda of: readings.append(of.read_after((), rates)[0]), self._in_parts.divisor)
+        return readings[0] if readings else None
+
+    def _make_rows(self, row: dict[str, list[Any]], reading: Reading | None, first_norm: float) -> None:
+        """Prepare the rows of a step to be written."""
+        assert self._rows is not None
         if reading is not None and self._chains:
             measured = self._measuring.rows(self.num_steps, reading)
             self._pending["modules"] = self._rows.module_rows(self.num_steps, reading) | measured["modules"]
@@ -320,27 +418,32 @@ class Recorder:
             self._pending["links"] = measured["links"]
             self._pending["snapshots"] = self._measuring.snapshot(self.num_steps, reading) or {}
             self._reader.tokens.forget()
-        self._pending["steps"] = {
-            "step": [self.num_steps],
-            "loss": [sum(losses) if losses else _NAN],
-            "learning_rate": [learning_rate],
-            "grad_norm": [grad_norm],
-            "clip_coef": [clip_coef],
-            "skipped": [inf != 0],
-            "seconds": [now - self._last_end],
-        }
-        self._last_row = dict(self._pending["steps"])
+        self._pending["steps"] = dict(row)
         if self._noise is not None:
-            self._pending["steps"] |= self._noise.columns(first_norm, grad_norm)
-        self._last_end = now
-        self._forget()
-        self._look_ahead()
-        if not self._deferred:
-            self._write()
-        self._tell_observers(reading)
+            self._pending["steps"] |= self._noise.columns(first_norm, row["grad_norm"][0])
 
-    def _tell_observers(self, reading: Reading | None) -> None:
-        values = {name: float(column[0]) for name, column in self._last_row.items() if name != "step"}
+    # --- among several processes -------------------------------------------------------------------------------
+
+    @property
+    def lingers(self) -> bool:
+        """Whether others still have to be told that tracking has ended here, so that hooks have to stay."""
+        return self.failed and self._joint is not None and not (self._joint.ranks.alone or self._joint.ranks.left)
+
+    def _see_off(self, hook: str) -> None:
+        """After a fault: tell the others when their step ends too, and then be told of nothing any more."""
+        if self.lingers and hook in ("after_step", "step_left_out"):
+            assert self._joint is not None
+            self._joint.leave()
+        elif hook == "begin_backward" and not self.lingers:  # not while an optimiser goes through its hooks
+            self.unwatch()
+
+    def part(self) -> None:
+        """Be gone for the other processes; waits for nobody."""
+        if self._joint:
+            self._joint.ranks.close()
+
+    def _tell_observers(self, row: Mapping[str, Sequence[Any]], reading: Reading | None) -> None:
+        values = {name: float(column[0]) for name, column in row.items() if name != "step"}
         finished = FinishedStep(self.num_steps, values, reading)
         for observer in list(self._observers):
             try:
@@ -359,7 +462,7 @@ class Recorder:
 
     def _write(self) -> None:
         """Write what is pending, the row of `steps` last: it is what makes the others valid."""
-        if not self._pending:
+        if not self._pending or not self.writer:
             return
         pending, self._pending = self._pending, {}
         # The seconds of this very writing are counted with the next step.
@@ -373,48 +476,10 @@ class Recorder:
                 self.writer.append(table, pending[table])
 
 
-def _watched_parameters(optimizer: Optimizer, chains: Sequence[Chain]) -> list[nn.Parameter]:
-    """Parameters by which a backward pass or a clipping is recognised as this optimiser's, each once."""
-    optimized = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    factors = (factor.parameter for chain in chains for factor in chain.factors)
-    return list({id(parameter): parameter for parameter in (*optimized, *factors)}.values())
-
-
-def _optimized_rows(optimizer: Optimizer, chains: Sequence[Chain]) -> tuple[NDArray[np.bool_], set[int]]:
-    """Which rows of `factors` are parameters of the optimiser, each counted once, and their identities."""
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ids: set[int] = set()
-    rows = []
-    for chain in chains:
-        for factor in chain.factors:
-            number = id(factor.parameter)
-            rows.append(number in optimized and number not in ids)
-            if rows[-1]:
-                ids.add(number)
-    return np.array(rows, dtype=bool), ids
-
-
-def _learning_rates(optimizer: Optimizer, last: dict[int, float]) -> dict[int, float]:
-    """Learning rate by the identity of the parameter: where a schedule has it at 0, the one before or the group's own.
-
-    What is asked of them is their ratio between factors, which a warm-up from 0 does not change.
-    """
-    rates = {}
-    for group in optimizer.param_groups:
-        rate = float(group.get("lr", _NAN)) or float(group.get("initial_lr", 0.0))
-        rates.update({id(parameter): rate or last.get(id(parameter), 0.0) for parameter in group["params"]})
-    return rates
-
-
 def _loss_scale(scaler: Any) -> float:
     """What the gradients of a backward pass hold of a gradient scaler."""
     scale = getattr(scaler, "_scale", None)
     return 1.0 if scale is None else float(scale)
-
-
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
-    grad = parameter.grad
-    return (0, 0) if grad is None else (id(grad), grad._version)
 
 
 def _combine(clipping: _Clipping | None, coef: Tensor | None, parameters: set[int]) -> _Clipping:
@@ -425,9 +490,3 @@ def _combine(clipping: _Clipping | None, coef: Tensor | None, parameters: set[in
         return _Clipping(None, clipping.parameters | parameters)
     both = clipping.coef * coef if clipping.parameters & parameters else torch.minimum(clipping.coef, coef)
     return _Clipping(both, clipping.parameters | parameters)
-
-
-def _scalar(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().reshape(-1)[:1].reshape(()).double()
-    return torch.tensor(_NAN if value is None else float(value), dtype=torch.float64)

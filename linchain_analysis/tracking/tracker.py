@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,18 +15,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.probes import choose_chains, find_chains, name_method
+from linchain_analysis.probes import Chain, choose_chains, find_chains, name_method
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
+from linchain_analysis.tracking.adapter_states import find_frozen_adapters
+from linchain_analysis.tracking.health import Health
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
-from linchain_analysis.tracking.lifetime import OPEN, describe_ending, logger, writes_here
+from linchain_analysis.tracking.joint import find_training, report_training
+from linchain_analysis.tracking.lifetime import describe_ending, describe_fault, keep_open, let_go, logger, writes_here
 from linchain_analysis.tracking.measuring import Measuring
-from linchain_analysis.tracking.mirrors import check_mirrors, open_mirrors
+from linchain_analysis.tracking.mirrors import Mirror, check_mirrors, open_mirrors
 from linchain_analysis.tracking.observers import Observer
-from linchain_analysis.tracking.presets import SAMPLE_EVERY, check_intervals, check_patterns, select
+from linchain_analysis.tracking.presets import SAMPLE_EVERY, Selection, check_intervals, check_patterns, select
+from linchain_analysis.tracking.ranks import PeerError, Ranks
 from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.resumption import Resume, check_resume, open_run
 from linchain_analysis.tracking.rows import module_records
-from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, describe_every, parse_every
+from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, Schedule, describe_every, parse_every
 
 
 class Tracker:
@@ -56,7 +62,8 @@ class Tracker:
             default 50 for `full`, thinned to stay under half of `log_budget_bytes`, and none otherwise.
         include: Only modules whose name this regular expression is found in are recorded.
         exclude: Modules whose name this one is found in are not.
-        report_to: Where scalars are mirrored besides: `tensorboard`, `wandb`, `trackio`, or several of them.
+        report_to: Where scalars are mirrored besides: `tensorboard`, `wandb`, `trackio`, or several of them. Each has a
+            process of its own, which this one never waits for but at the end, for 30 s at most.
         resume: What becomes of a run that `path` holds already. None: it is gone on with if this is the same training,
             resumed from a checkpoint (the same modules, and the optimiser's state and the weights stand at one of its
             steps); later steps are then superseded. A step: the same, for optimisers that do not count. False: never.
@@ -65,8 +72,13 @@ class Tracker:
         num_steps: Length of the run where it is known, for `every="auto"`.
         log_budget_bytes: For `every="auto"`.
         strict: Raise faults of the tracker instead of reporting them.
-        quiet: Whether to leave out the line on standard error that says, at the end, what tracking cost.
+        quiet: Whether to leave out the lines on standard error that say whether the adapter learns (the table `health`
+            has them anyway) and, at the end, what tracking cost.
         deferred: Whether the rows of a step wait until `complete_step` says what only the training loop knows.
+
+    Attributes:
+        path: Where the run is written.
+        fault: What ended tracking before the training ended, None where nothing did.
 
     Raises:
         InputError: An argument that cannot be meant.
@@ -108,9 +120,11 @@ class Tracker:
         self._watch: Watch | None = None
         self._waiting: list[tuple[int, str, Any]] = []  # logged before the first step, or still on a device
         self._observers: list[Observer] = []
+        self._mirrors: list[Mirror] = []
+        self.fault: Exception | None = None
         self._closed = False
         self._num_steps = 0
-        self._process = os.getpid()
+        self._process, self._thread = os.getpid(), threading.get_ident()
         chosen = select(preset, measures)
         shared = chosen.snapshots and snapshot_every is None  # then snapshots take half of the budget
         schedule = parse_every(every, num_steps, log_budget_bytes // 2 if shared else log_budget_bytes)
@@ -120,11 +134,17 @@ class Tracker:
         mirrors = check_mirrors(report_to)
         inner = unwrap_optimizer(optimizer)
         _check(model, inner)
+        ranks: Ranks | None = None
         try:
+            all_chains = choose_chains(found := find_chains(model, inner), include, exclude)
+            chains, flat, ranks = find_training(all_chains, model, inner, chosen.name)
             if not writes_here():
+                if ranks:
+                    self._assist(model, inner, chains, chosen, schedule, ranks)
                 return
-            chains = choose_chains(found := find_chains(model, inner), include, exclude)
-            self._report_chains(chains, len(found))
+            if not flat:
+                self._report_chains(model, chains, len(found))
+            report_training(flat, ranks, chosen)
             measuring = Measuring(
                 chosen,
                 chains,
@@ -151,7 +171,10 @@ class Tracker:
             )
             opened = open_run(self.path, manifest, chains, inner, resume)
             self._writer, self.path, self._num_steps = opened.writer, opened.writer.path, opened.num_steps
-            self._observers = open_mirrors(mirrors, chains, opened.writer.manifest, self.path)
+            schedule.go_on(opened.history.recorded, opened.history.num_bytes)
+            measuring.go_on(opened.history.recorded, opened.history.snapshot_sizes)
+            self._observers = [Health(chains, model, inner, self._write_health, self._say)]
+            self._mirrors = open_mirrors(mirrors, chains, manifest, self.path, after=opened.num_steps)
             self._recorder = Recorder(
                 inner,
                 chains,
@@ -160,14 +183,40 @@ class Tracker:
                 schedule,
                 deferred=deferred,
                 fail=self._fail,
-                observers=self._observers,
+                observers=[*self._observers, *self._mirrors],
                 num_steps=opened.num_steps,
                 start=opened.start,
+                ranks=ranks,
+                model=model,
+                knows_gradients=not flat,
             )
-            self._watch = Watch(self._recorder)
-            OPEN.add(self)
+            self._recorder.go_on_averaging(opened.history.noise)
+            self._follow(self._recorder)
+            keep_open(self)
         except Exception as error:
+            if ranks:
+                ranks.refuse()
             self._fail(error)
+
+    def _assist(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        chains: Sequence[Chain],
+        chosen: Selection,
+        schedule: Schedule,
+        ranks: Ranks,
+    ) -> None:
+        """Follow the training of a process that writes nothing, for the one that does."""
+        measuring = Measuring(chosen, chains)
+        self._recorder = Recorder(
+            optimizer, chains, None, measuring, schedule, deferred=False, fail=self._fail, ranks=ranks, model=model
+        )
+        self._follow(self._recorder)
+
+    def _follow(self, recorder: Recorder) -> None:
+        self._watch = Watch(recorder)
+        recorder.unwatch = self._watch.close
 
     def __enter__(self) -> Tracker:
         return self
@@ -182,6 +231,11 @@ class Tracker:
         """How many optimiser steps have ended since tracking began."""
         return self._recorder.num_steps if self._recorder else self._num_steps
 
+    @property
+    def writes(self) -> bool:
+        """Whether the run is written by this process: of several that train together, the first does."""
+        return writes_here()
+
     def log(self, **values: float | Tensor) -> None:
         """Add scalars to the last finished step, or to the first one if none has finished.
 
@@ -195,7 +249,9 @@ class Tracker:
             for name, value in values.items():
                 if name in ("step", "skipped"):
                     raise InputError("log", expected="a name that tracking does not own", got=name, do="rename it")
-                self._waiting.append((self.num_steps, name, _checked_scalar(name, value)))
+                checked = _checked_scalar(name, value)
+                if self._writer:
+                    self._waiting.append((self.num_steps, name, checked))
             self._flush_log(ready_only=True)
         except Exception as error:
             self._report("log", error)
@@ -215,6 +271,8 @@ class Tracker:
                 append_evals(self.path, rows)
             else:
                 self._writer.append("evals", rows)
+                for name, value in zip(metrics, rows["value"], strict=True):
+                    self._mirror(self.num_steps, {f"evals/{split}/{name}": value})
         except Exception as error:
             self._report("log_eval", error)
 
@@ -234,37 +292,74 @@ class Tracker:
 
     def close(self, status: str = "complete", message: str | None = None) -> None:
         """End the run: nothing is watched any more, and its tables become Parquet. Closing twice does nothing."""
-        if self._closed or os.getpid() != self._process:  # a forked worker does not end its parent's run
+        if os.getpid() != self._process:  # a forked worker does not end its parent's run
+            return
+        if self._closed:
+            self._release()  # what stayed to tell other processes of a fault
+            return
+        if self._watch:
+            self._watch.close()
+        if self._recorder:
+            self._recorder.flush()
+        if self.fault is not None:  # what still waited could not be written, which has been told
             return
         self._closed = True
-        OPEN.discard(self)
         try:
-            if self._watch:
-                self._watch.close()
-            if self._recorder:
-                self._recorder.flush()
-            self._close_observers()
             if self._writer:
                 self._flush_log()
+            self._close_each(self._observers)
+            if self._writer:
                 self._writer.close(status, message)
+            self._close_each(self._mirrors)  # last, for they may take their time
         except Exception as error:
             self._report("close", error)
+        finally:
+            let_go(self)
         self._tell_cost()
-        # A closed tracker that somebody keeps does not keep the optimiser's state.
+        self._release()
+
+    def interrupt(self, signal_name: str, *, write_rows: bool) -> None:
+        """Write down that a signal ends the process; nothing else is closed, for that could take long.
+
+        Args:
+            signal_name: Such as SIGTERM.
+            write_rows: Whether rows that wait may be written: the main thread asks, and is in nothing of the tracker's.
+        """
+        if os.getpid() != self._process or self._writer is None:
+            return
+        self._writer.mark("interrupted", signal_name)
+        if write_rows and self._recorder and not self._closed and threading.get_ident() == self._thread:
+            self._closed = True  # a fault in what follows is nobody's concern any more
+            self._recorder.flush()
+
+    def _release(self) -> None:
+        """A closed tracker that somebody keeps does not keep the optimiser's state."""
+        self._observers, self._mirrors = [], []
+        if self._watch:
+            self._watch.close()
+        if self._recorder:
+            self._recorder.part()
         self._num_steps, self._recorder, self._watch = self.num_steps, None, None
 
-    def _close_observers(self) -> None:
-        for observer in self._observers:
+    def _close_each(self, observers: Sequence[Observer]) -> None:
+        for observer in observers:
             try:
                 observer.close()
             except Exception as error:
                 self._report(observer.name, error)
-        self._observers = []
 
     def _tell_cost(self) -> None:
         told = self._recorder.cost.describe() if self._recorder else ""
-        if told and not self._quiet:
-            print(f"linchain_analysis: {self.num_steps} steps in {self.path}; {told}", file=sys.stderr)
+        if told:
+            self._say(f"{self.num_steps} steps in {self.path}; {told}")
+
+    def _say(self, message: str) -> None:
+        if not self._quiet:
+            print(f"linchain_analysis: {message}", file=sys.stderr)
+
+    def _write_health(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        if self._writer:
+            self._writer.append("health", columns)
 
     def _flush_log(self, *, ready_only: bool = False) -> None:
         """Hand logged scalars over once there is a step for them, and those on a device once that step is past."""
@@ -276,17 +371,22 @@ class Tracker:
             still_computing = ready_only and _on_device(value) and step == self.num_steps
             (later if still_computing else now).append((step, name, value))
         self._waiting = later
-        if now:
-            self._writer.append(
-                "scalars",
-                {
-                    "step": [max(step, 1) for step, _, _ in now],
-                    "name": [name for _, name, _ in now],
-                    "value": [float(value) for _, _, value in now],
-                },
-            )
+        if not now:
+            return
+        said = [(max(step, 1), name, float(value)) for step, name, value in now]
+        steps, names, values = zip(*said, strict=True)
+        self._writer.append("scalars", {"step": steps, "name": names, "value": values})
+        for step, name, value in said:
+            self._mirror(step, {f"steps/{name}": value})
 
-    def _report_chains(self, chains: list[Any], num_found: int) -> None:
+    def _mirror(self, step: int, values: Mapping[str, float]) -> None:
+        for mirror in self._mirrors:
+            try:
+                mirror.log(step, values)
+            except Exception as error:
+                self._report(mirror.name, error)
+
+    def _report_chains(self, model: nn.Module, chains: list[Any], num_found: int) -> None:
         if num_found and not chains:
             logger.warning(
                 "tracker: expected include and exclude to leave some of %d modules, got none; only the table `steps` "
@@ -294,9 +394,11 @@ class Tracker:
                 num_found,
             )
         elif not chains:
+            frozen = [finding.message[:1].upper() + finding.message[1:] for finding in find_frozen_adapters(model)]
             logger.warning(
                 "tracker: expected a model with a trainable PEFT adapter, found none; only the table `steps` is "
-                "recorded. Call get_peft_model before the tracker is made, and give it the model that trains."
+                "recorded. %s",
+                *(frozen or ["Call get_peft_model before the tracker is made, and give it the model that trains."]),
             )
         refused = {chain.refused: chain.module for chain in chains if chain.refused}
         for reason, module in refused.items():
@@ -307,26 +409,27 @@ class Tracker:
             )
 
     def _fail(self, error: Exception) -> None:
-        """End tracking because of a fault of its own."""
-        if self._watch:
+        """End tracking because of a fault of its own, or of the disk."""
+        if self._closed:  # another thread went on training while this one closed the run
+            return
+        self._closed, self.fault = True, error
+        lingers = self._recorder is not None and self._recorder.lingers
+        if self._watch and not lingers:
             self._watch.close()
-        if self._writer and not self._closed:
-            self._closed = True
-            OPEN.discard(self)
-            try:
+        if self._writer:
+            with contextlib.suppress(Exception):  # where rows cannot be written, as like as not neither can this
                 self._writer.close("failed", f"tracking ended: {error}")
-            except Exception as also:
-                logger.warning("tracker: the run folder could not be completed either: %s", also)
+            self._writer = None  # what is logged from now on goes nowhere, without a word each time
+        self._close_each([*self._observers, *self._mirrors])
+        let_go(self)
+        num_steps = self.num_steps
+        if not lingers:
+            self._release()
+        if isinstance(error, PeerError) and not writes_here():
+            return  # it was told where it happened, and is told where the run is written
         if self._strict:
             raise error
-        logger.warning(
-            "tracker: tracking of %s ended after step %d by a fault of its own (%s: %s). Training goes on untracked; "
-            "pass strict=True to see where it came from.",
-            self.path,
-            self.num_steps,
-            type(error).__name__,
-            error,
-        )
+        logger.warning(describe_fault(error, self.path, num_steps))
 
     def _report(self, place: str, error: Exception) -> None:
         if self._strict:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +78,12 @@ def main() -> None:
         wrapped = DistributedDataParallel(model)
     elif setup in ("fsdp", "hsdp"):
         wrapped = shard(model)
+    elif setup == "fsdp1":
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    if "look" in options:  # which leaves the root of a sharded model whole
+        with torch.no_grad():
+            wrapped(input_ids=small_models.batch("llama", 99)["input_ids"])
     here = "tracker" in options and (rank == 0 or "only" not in options)
     tracker: Any = contextlib.nullcontext()
     if here:
