@@ -16,16 +16,12 @@ from torch.optim import Optimizer
 from linchain_analysis.errors import UnsupportedError
 from linchain_analysis.probes import Chain, ChainReader, Start
 from linchain_analysis.probes.base import base_squares
-from linchain_analysis.probes.chains import name_flattening
 from linchain_analysis.probes.shards import (
     ShardedFactors,
-    find_accumulators,
     is_sharded,
     local_part,
-    name_sharded,
 )
-from linchain_analysis.tracking.presets import NOISE, Selection
-from linchain_analysis.tracking.ranks import PeerError, Ranks, find_ranks
+from linchain_analysis.tracking.ranks import PeerError, Ranks
 
 logger = logging.getLogger("linchain_analysis")
 
@@ -183,54 +179,6 @@ class JointTraining:
             return rates
         wholes = {id(f.parameter): self.factors.original(f.parameter) for c in self.factors.chains for f in c.factors}
         return {whole: rates[id(original)] for whole, original in wholes.items() if id(original) in rates}
-
-
-def find_training(
-    chains: Sequence[Chain], model: nn.Module, optimizer: Optimizer, name: str
-) -> tuple[list[Chain], list[str], Ranks | None]:
-    """Return what of a training can be recorded, and the processes that share it.
-
-    Args:
-        chains: What the optimiser trains.
-        model: What trains.
-        optimizer: What trains it.
-        name: Of what is recorded of it.
-
-    Returns:
-        The chains that this process holds in matrices, whole or in parts; the names of what keeps others, of which and
-        of whose gradients nothing can be told; the processes, None where this one is by itself.
-    """
-    managed = find_accumulators(model)
-    chains = name_sharded(chains, managed)
-    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    factors = [factor.parameter for chain in chains for factor in chain.factors]
-    flat = list(dict.fromkeys(found for p in (*factors, *optimized) if (found := name_flattening(p))))
-    kept = [chain for chain in chains if not any(name_flattening(factor.parameter) for factor in chain.factors)]
-    # Not the shapes of flat pieces, which differ from process to process.
-    shapes = [(chain.module, factor.name, tuple(factor.parameter.shape)) for chain in kept for factor in chain.factors]
-    topic = repr((name, len(chains), shapes, [len(group["params"]) for group in optimizer.param_groups]))
-    ranks = find_ranks(topic, in_parts=are_in_parts(kept, optimizer))
-    own = {*managed, *(id(parameter) for parameter in model.parameters())}
-    if ranks and optimized and not flat and not any(id(parameter) in own for parameter in optimized):
-        kept, flat = [], ["an optimiser with copies of its own, as those of DeepSpeed"]
-    return kept, flat, ranks
-
-
-def report_training(flat: Sequence[str], ranks: Ranks | None, chosen: Selection) -> None:
-    """Warn of what is not recorded of a training that several processes share."""
-    for name in flat:
-        logger.warning(
-            "tracker: expected parameters that are whole, or sharded by torch's fully_shard, got those of %s; "
-            "their modules and `grad_norm` are not recorded. Use fully_shard (accelerate: fsdp_version 2).",
-            name,
-        )
-    left_out = [measure.name for measure in chosen.measures if "tokens" in measure.needs] + [NOISE] * chosen.noise
-    if ranks and left_out:
-        logger.warning(
-            "tracker: %s are not recorded of a training on several processes, for each sees the tokens of its own "
-            "share alone.",
-            ", ".join(left_out),
-        )
 
 
 def are_in_parts(chains: Sequence[Chain], optimizer: Optimizer) -> bool:

@@ -17,11 +17,10 @@ from torch.optim import Optimizer
 from linchain_analysis.errors import InputError
 from linchain_analysis.probes import Chain, choose_chains, find_chains, name_method
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
-from linchain_analysis.tracking.adapter_states import find_frozen_adapters
 from linchain_analysis.tracking.health import Health
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
-from linchain_analysis.tracking.joint import find_training, report_training
 from linchain_analysis.tracking.lifetime import describe_ending, describe_fault, keep_open, let_go, logger, writes_here
+from linchain_analysis.tracking.logged import LoggedScalars, check_scalar
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.mirrors import Mirror, check_mirrors, open_mirrors
 from linchain_analysis.tracking.observers import Observer
@@ -31,6 +30,7 @@ from linchain_analysis.tracking.recorder import Recorder
 from linchain_analysis.tracking.resumption import Resume, check_resume, open_run
 from linchain_analysis.tracking.rows import module_records
 from linchain_analysis.tracking.schedule import LOG_BUDGET_BYTES, Every, Schedule, describe_every, parse_every
+from linchain_analysis.tracking.scope import find_training, report_chains, report_training
 
 
 class Tracker:
@@ -118,7 +118,7 @@ class Tracker:
         self._writer: RunWriter | None = None
         self._recorder: Recorder | None = None
         self._watch: Watch | None = None
-        self._waiting: list[tuple[int, str, Any]] = []  # logged before the first step, or still on a device
+        self._logged = LoggedScalars()
         self._observers: list[Observer] = []
         self._mirrors: list[Mirror] = []
         self.fault: Exception | None = None
@@ -143,7 +143,7 @@ class Tracker:
                     self._assist(model, inner, chains, chosen, schedule, ranks)
                 return
             if not flat:
-                self._report_chains(model, chains, len(found))
+                report_chains(model, chains, len(found))
             report_training(flat, ranks, chosen)
             measuring = Measuring(
                 chosen,
@@ -249,9 +249,9 @@ class Tracker:
             for name, value in values.items():
                 if name in ("step", "skipped"):
                     raise InputError("log", expected="a name that tracking does not own", got=name, do="rename it")
-                checked = _checked_scalar(name, value)
+                checked = check_scalar(name, value)
                 if self._writer:
-                    self._waiting.append((self.num_steps, name, checked))
+                    self._logged.add(self.num_steps, name, checked)
             self._flush_log(ready_only=True)
         except Exception as error:
             self._report("log", error)
@@ -263,7 +263,7 @@ class Tracker:
                 "step": [self.num_steps] * len(metrics),
                 "split": [split] * len(metrics),
                 "metric": list(metrics),
-                "value": [float(_checked_scalar(name, value)) for name, value in metrics.items()],
+                "value": [float(check_scalar(name, value)) for name, value in metrics.items()],
             }
             if self._writer is None or not metrics:
                 return
@@ -362,18 +362,12 @@ class Tracker:
             self._writer.append("health", columns)
 
     def _flush_log(self, *, ready_only: bool = False) -> None:
-        """Hand logged scalars over once there is a step for them, and those on a device once that step is past."""
-        if not self._waiting or not self._writer or (self.num_steps == 0 and not self._closed):
+        """Write logged scalars that belong to a step by now."""
+        if not self._writer or (self.num_steps == 0 and not self._closed):
             return
-        now: list[tuple[int, str, Any]] = []
-        later: list[tuple[int, str, Any]] = []
-        for step, name, value in self._waiting:
-            still_computing = ready_only and _on_device(value) and step == self.num_steps
-            (later if still_computing else now).append((step, name, value))
-        self._waiting = later
-        if not now:
+        said = self._logged.take(self.num_steps if ready_only else None)
+        if not said:
             return
-        said = [(max(step, 1), name, float(value)) for step, name, value in now]
         steps, names, values = zip(*said, strict=True)
         self._writer.append("scalars", {"step": steps, "name": names, "value": values})
         for step, name, value in said:
@@ -385,28 +379,6 @@ class Tracker:
                 mirror.log(step, values)
             except Exception as error:
                 self._report(mirror.name, error)
-
-    def _report_chains(self, model: nn.Module, chains: list[Any], num_found: int) -> None:
-        if num_found and not chains:
-            logger.warning(
-                "tracker: expected include and exclude to leave some of %d modules, got none; only the table `steps` "
-                "is recorded. They are regular expressions for names such as those in `model.named_modules()`.",
-                num_found,
-            )
-        elif not chains:
-            frozen = [finding.message[:1].upper() + finding.message[1:] for finding in find_frozen_adapters(model)]
-            logger.warning(
-                "tracker: expected a model with a trainable PEFT adapter, found none; only the table `steps` is "
-                "recorded. %s",
-                *(frozen or ["Call get_peft_model before the tracker is made, and give it the model that trains."]),
-            )
-        refused = {chain.refused: chain.module for chain in chains if chain.refused}
-        for reason, module in refused.items():
-            logger.warning(
-                "tracker: delta of %s (and others alike) is not recorded: %s. Its gradients and updates are.",
-                module,
-                reason,
-            )
 
     def _fail(self, error: Exception) -> None:
         """End tracking because of a fault of its own, or of the disk."""
@@ -455,16 +427,3 @@ def _first_rate(optimizer: Optimizer) -> float | None:
     group = optimizer.param_groups[0]
     rate = group.get("initial_lr", group.get("lr"))
     return None if rate is None else float(rate)
-
-
-def _checked_scalar(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise InputError(name, expected="one number", got=f"a tensor of shape {tuple(value.shape)}", do="reduce it")
-        value = value.detach()
-        return value.clone() if _on_device(value) else float(value)
-    return float(value)
-
-
-def _on_device(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
