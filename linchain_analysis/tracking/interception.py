@@ -6,6 +6,7 @@ What is watched, and why there:
     clipping by norm or value   gradients must be read before it, and its coefficient kept
     Optimizer.__init__          which optimisers there are, for scripts that say nothing
     Optimizer.step              the step itself; a closure is wrapped, since it may hold the whole backward pass
+    _init_optim_state           steps of torch's distributed checkpoints that are none: they only make the state
     CallbackHandler.call_event  what transformers' Trainer tells of a training, for scripts that say nothing
 
 The patches are put in when the first listener comes, and taken out when the last one leaves. Each calls the original
@@ -30,6 +31,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 
 
 class Listener(Protocol):
@@ -94,6 +97,8 @@ class Watch:
         _PATCHES.remove(self)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _PATCHES.makes_state:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._listener.before_step(getattr(optimizer, "grad_scale", None), in_closure=False)
@@ -117,6 +122,8 @@ class Watch:
         return (args[0], watched_closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _PATCHES.makes_state:
+            return
         self.num_steps_seen += 1
         self._listener.after_step(getattr(optimizer, "found_inf", None))
 
@@ -144,7 +151,9 @@ class Scout:
         self.after_backward = after_backward
         self.trainer_event = trainer_event
         told = _PATCHES.apart(before_step)
-        self._handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: told(optimizer))
+        self._handle = register_optimizer_step_pre_hook(
+            lambda optimizer, args, kwargs: None if _PATCHES.makes_state else told(optimizer)
+        )
         _PATCHES.add(self)
 
     def close(self) -> None:
@@ -230,8 +239,14 @@ class _Patches:
             return
         self._prepared = True
         wrapt.when_imported("torch._dynamo")(lambda _: self._leave_compiled_code())
+        wrapt.when_imported(_CHECKPOINTS)(self._watch_checkpoints)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.leave_all)
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether this thread steps an optimiser only to make its state, with gradients and rate 0: no step at all."""
+        return getattr(self._busy, "makes_state", False)
 
     def _install(self) -> None:
         self._prepare()
@@ -243,11 +258,25 @@ class _Patches:
         self._replace(scaler, "step", self.apart(self._scaler_step))
         self._replace_inside(clip_grad, "_clip_grads_with_norm_", self._clip_by_norm)
         self._replace_inside(clip_grad, "clip_grad_value_", self._clip_by_value)
+        if (checkpoints := sys.modules.get(_CHECKPOINTS)) is not None:
+            self._watch_checkpoints(checkpoints)
 
     def _watch_trainers(self, module: Any) -> None:
         handler = module.CallbackHandler
         if self._scouts and not any(owner is handler for owner, *_ in self._originals):
             self._replace(handler, "call_event", self._call_event)
+
+    def _watch_checkpoints(self, module: Any) -> None:
+        # While nobody listens there are no patches: the next to come puts this one in, too.
+        if self._originals and not any(owner is module for owner, *_ in self._originals):
+            self._replace(module, "_init_optim_state", self._make_state)
+
+    def _make_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._busy.makes_state = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._busy.makes_state = False
 
     def _replace_inside(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace the function that a decorated one calls, so that scripts which imported it by name are seen too."""

@@ -507,3 +507,33 @@ def test_a_launched_trainer_goes_on_with_its_run(tmp_path: Path) -> None:
 
 def last(item: tuple[str, float]) -> float:
     return item[1]
+
+
+def test_steps_that_only_make_the_state_of_an_optimiser_are_none(tmp_path: Path) -> None:
+    """torch's distributed checkpoints step an optimiser without state, with gradients and rate 0, to load into it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def begin() -> tuple[Any, Any]:
+        model = small_training.build()
+        return model, small_training.optimize(model)
+
+    def train(model: Any, optimizer: Any, steps: range) -> None:
+        with Tracker(model, optimizer, tmp_path / "run", quiet=True) as tracker:
+            for step in steps:
+                small_training.train_step(model, optimizer, step)
+                optimizer.zero_grad()
+                if step == 3:
+                    torch.save((model.state_dict(), get_optimizer_state_dict(model, optimizer)), tmp_path / "three")
+            assert tracker.num_steps == steps.stop - 1
+
+    train(*begin(), range(1, 6))
+    model, optimizer = begin()
+    weights, state = torch.load(tmp_path / "three", weights_only=True)
+    with Tracker(model, optimizer, tmp_path / "other", quiet=True) as tracker:
+        model.load_state_dict(weights)
+        set_optimizer_state_dict(model, optimizer, state)
+        assert tracker.num_steps == 0
+    train(model, optimizer, range(4, 7))
+    run = load_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == list(range(1, 7))
+    assert len(run.manifest.segments) == 1
