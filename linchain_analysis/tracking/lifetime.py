@@ -102,6 +102,20 @@ def _describe(error: Exception, path: Path) -> str:
     return what.rstrip(".")
 
 
+def forget_frames(error: BaseException) -> None:
+    """Drop where `error`, which is kept, came from.
+
+    Through its frames it would keep alive all that the functions around a training step hold: the model, the batch, and
+    process groups that have to be gone before the interpreter is.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        current.__traceback__ = None
+        current = current.__cause__ or current.__context__
+
+
 def writes_here() -> bool:
     """Whether this process writes: of several that train together, the first does."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

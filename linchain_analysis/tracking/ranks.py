@@ -6,12 +6,14 @@ meet through the store that the processes found each other by, and then have con
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,6 +26,16 @@ _POLL_S = 0.005
 _OK = 0  # the column that tells whether tracking goes on
 
 _NUM_MEETINGS: Counter[str] = Counter()  # how many trackers of a kind this process has had
+
+
+_OPEN: WeakSet[Ranks] = WeakSet()
+
+
+@atexit.register
+def _close_open_ranks() -> None:
+    """Join the threads of connections while there is an interpreter: torch ends the process where they outlive it."""
+    for ranks in list(_OPEN):
+        ranks.close()
 
 
 class PeerError(Exception):
@@ -52,6 +64,7 @@ class Ranks:
         self._key = f"linchain_analysis/{digest}/{_NUM_MEETINGS[digest]}"
         self._store = store
         self._group: Any = None
+        _OPEN.add(self)
 
     @property
     def leads(self) -> bool:

@@ -22,6 +22,7 @@ from linchain_analysis.tracking.cost import Cost
 from linchain_analysis.tracking.gradients import norm_of_gradients, square_of_shards
 from linchain_analysis.tracking.interception import scale_left_in
 from linchain_analysis.tracking.joint import JointTraining, local_scalar
+from linchain_analysis.tracking.lifetime import forget_frames
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.noise import NoiseScale
 from linchain_analysis.tracking.observers import FinishedStep, Observer
@@ -314,6 +315,8 @@ class Recorder:
             fault = self._reader.tokens.fault
             if fault is not None and self._measuring.strict:
                 raise fault
+            if fault is not None:
+                forget_frames(fault)
 
     def _trains(self, parameter: nn.Parameter) -> bool:
         """Whether a factor takes part in training: it has gradients and the optimiser knows it."""

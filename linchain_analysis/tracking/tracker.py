@@ -19,7 +19,15 @@ from linchain_analysis.probes import Chain, choose_chains, find_chains, name_met
 from linchain_analysis.runs import Manifest, RunWriter, append_evals
 from linchain_analysis.tracking.health import Health
 from linchain_analysis.tracking.interception import Watch, unwrap_optimizer
-from linchain_analysis.tracking.lifetime import describe_ending, describe_fault, keep_open, let_go, logger, writes_here
+from linchain_analysis.tracking.lifetime import (
+    describe_ending,
+    describe_fault,
+    forget_frames,
+    keep_open,
+    let_go,
+    logger,
+    writes_here,
+)
 from linchain_analysis.tracking.logged import LoggedScalars, check_scalar
 from linchain_analysis.tracking.measuring import Measuring
 from linchain_analysis.tracking.mirrors import Mirror, check_mirrors, open_mirrors
@@ -397,11 +405,12 @@ class Tracker:
         num_steps = self.num_steps
         if not lingers:
             self._release()
-        if isinstance(error, PeerError) and not writes_here():
-            return  # it was told where it happened, and is told where the run is written
-        if self._strict:
+        told_elsewhere = isinstance(error, PeerError) and not writes_here()  # where it happened and where rows are
+        if self._strict and not told_elsewhere:
             raise error
-        logger.warning(describe_fault(error, self.path, num_steps))
+        if not told_elsewhere:
+            logger.warning(describe_fault(error, self.path, num_steps))
+        forget_frames(error)
 
     def _report(self, place: str, error: Exception) -> None:
         if self._strict:

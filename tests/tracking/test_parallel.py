@@ -29,8 +29,6 @@ SCRIPTS = Path(__file__).with_name("scripts")
 # What only one process that sees every token can tell.
 OF_ONE = "gradient_capture|gradient_preconditioned_cosine|full_grad_norm|data_weighted|noise_"
 OWN = ("seconds", "track_seconds")
-# Of every few trainings on fully sharded CPU models, tracked or not, one process ends so when all is done (torch 2.13).
-TORCH_ABORT = "terminate called without an active exception"
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,7 @@ def start(script: str, folder: Path, size: int, *arguments: str, launcher: Seque
         finally:
             for process in processes:
                 process.kill()
-        errors = [error for _, error in ended]
-        codes = [0 if TORCH_ABORT in e else p.returncode for p, e in zip(processes, errors, strict=True)]
-        return Outcome(codes, "".join(out for out, _ in ended), errors)
+        return Outcome([p.returncode for p in processes], "".join(out for out, _ in ended), [e for _, e in ended])
 
     return wait
 
