@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,3 +327,22 @@ def test_a_kill_at_any_moment_loses_at_most_the_step_being_written(
         lost.append(missing)
     print("killed after", printed, "lost", lost)
     assert max(lost) <= 1
+
+
+def test_a_fault_that_is_kept_keeps_nothing_of_the_training_alive(tmp_path: Path) -> None:
+    def train() -> tuple[Tracker, weakref.ref[object]]:
+        model = small_training.build()
+        optimizer = small_training.optimize(model)
+        tracker = Tracker(model, optimizer, tmp_path / "run", quiet=True)
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        tracker._writer.append = fail  # type: ignore[union-attr, method-assign, assignment]
+        small_training.train_step(model, optimizer, 1)
+        return tracker, weakref.ref(optimizer)
+
+    tracker, optimizer = train()
+    gc.collect()
+    assert isinstance(tracker.fault, OSError)
+    assert optimizer() is None

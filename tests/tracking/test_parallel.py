@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import small_training
 import torch
 
-from linchain_analysis import load_run
+from linchain_analysis import Tracker, load_run
+from linchain_analysis.probes import find_chains
 from linchain_analysis.tracking import ranks
 from linchain_analysis.tracking.ranks import PeerError, Ranks
 
@@ -299,6 +301,19 @@ def test_a_rank_that_runs_out_of_data(tmp_path: Path) -> None:
     assert done.out.count("step rank=0") == 4
     assert "does not answer" in "".join(done.said(0))
     assert len(load_run(tmp_path / "run").steps) == 2
+
+
+def test_parameters_that_deepspeed_keeps_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_training.build()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    assert all("DeepSpeed ZeRO-3" in str(chain.refused) for chain in find_chains(model))
+    optimizer = small_training.optimize(model)
+    with Tracker(model, optimizer, tmp_path / "run"):
+        small_training.train_step(model, optimizer, 1)
+    assert "got those of DeepSpeed ZeRO-3" in caplog.text
+    run = load_run(tmp_path / "run")
+    assert len(run.modules) == 0 and run.steps["grad_norm"].isna().all() and run.steps["loss"].notna().all()
 
 
 # --- the meeting, in threads -----------------------------------------------------------------------------------------
