@@ -10,9 +10,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
-from linchain_analysis.adapters.initialisation import CHAIN_INITS
 from linchain_analysis.adapters.peft_type import LINCHAIN
 from linchain_analysis.errors import InputError, UnsupportedError
+from linchain_analysis.method_names import CHAIN_INITS
 
 # PEFT marks most options that replace LoRA's product by something else; these two it does not mark.
 _UNMARKED_VARIANTS = ("use_qalora", "megatron_config")

@@ -10,11 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# Uniform on ± gain · √(3 / fan_in), He et al. 2015 (arXiv 1502.01852), where gain² = 2 / (1 + a²) for a leaky ReLU of
-# slope a: the slope is how torch is told the gain.
-_UNIFORM_SLOPES = {"kaiming": math.sqrt(5), "he": 0.0, "lecun": 1.0}
+from linchain_analysis.method_names import UNIFORM_GAINS
 
-CHAIN_INITS = (*_UNIFORM_SLOPES, "orthogonal", "identity")
+# torch is told the gain g of `UNIFORM_GAINS` as the slope a of a leaky ReLU: g² = 2 / (1 + a²).
+_UNIFORM_SLOPES = {init: math.sqrt(abs(round(2 / gain**2 - 1, 12))) for init, gain in UNIFORM_GAINS.items()}
 
 
 def draw_inner_factors(widths: Sequence[int], init: str, seed: int) -> list[Tensor]:
@@ -22,7 +21,7 @@ def draw_inner_factors(widths: Sequence[int], init: str, seed: int) -> list[Tens
 
     Args:
         widths: w_0 … w_n.
-        init: One of `CHAIN_INITS`.
+        init: One of `method_names.CHAIN_INITS`.
         seed: Seed of the stream they are drawn from; the global stream is left alone.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
 
 from linchain_analysis.adapters.config import LinChainConfig
-from linchain_analysis.adapters.initialisation import CHAIN_INITS
-from linchain_analysis.errors import InputError
-
-FORMS = "lora-R, moslora-R[-INIT], linchain-N-R[-wWIDTH][-INIT]"
-
-# The paper's LinChain-2-8 has the inner width 16 (its section 4.1); every other name without a width is square.
-_PAPER_WIDTHS: dict[tuple[object, object], int] = {(2, 8): 16}
-
-_LORA = re.compile(r"lora-(?P<rank>[1-9]\d*)")
-_MOSLORA = re.compile(rf"moslora-(?P<rank>[1-9]\d*)(-(?P<init>{'|'.join(CHAIN_INITS)}))?")
-_LINCHAIN = re.compile(
-    rf"linchain-(?P<length>\d+)-(?P<rank>[1-9]\d*)(-w(?P<width>[1-9]\d*))?(-(?P<init>{'|'.join(CHAIN_INITS)}))?"
-)
+from linchain_analysis.method_names import PAPER_WIDTHS, parse_method
 
 
 def method_config(name: str, target_modules: Sequence[str] | str | None = None, **overrides: Any) -> LoraConfig:
@@ -39,28 +26,16 @@ def method_config(name: str, target_modules: Sequence[str] | str | None = None, 
         InputError: The name has none of these forms.
     """
     targets = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
-    text = name if isinstance(name, str) else ""
-    if match := _LORA.fullmatch(text):
-        rank = int(match["rank"])
-        return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **overrides})
-    length, width = 1, None
-    if match := _LINCHAIN.fullmatch(text):
-        length = int(match["length"])
-        width = int(match["width"]) if match["width"] else _PAPER_WIDTHS.get((length, int(match["rank"])))
-    else:
-        match = _MOSLORA.fullmatch(text)
-    if match is None:
-        raise _unknown(name)
-    rank = int(match["rank"])
-    options = {
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": targets,
-        "chain_length": length,
-        "chain_width": width,
-        "chain_init": match["init"] or "kaiming",
+    method = parse_method(name)
+    shared = {"r": method.rank, "lora_alpha": 2 * method.rank, "target_modules": targets}
+    if method.family == "lora":
+        return LoraConfig(**{**shared, **overrides})
+    chain = {
+        "chain_length": method.chain_length,
+        "chain_width": method.chain_width,
+        "chain_init": method.chain_init,
     }
-    return LinChainConfig(**{**options, **overrides})
+    return LinChainConfig(**{**shared, **chain, **overrides})
 
 
 def method_name(options: Mapping[str, Any]) -> str:
@@ -78,23 +53,7 @@ def method_name(options: Mapping[str, Any]) -> str:
         return "-".join([*parts, start.lower()] if isinstance(start, str) else parts)
     length, width = options.get("chain_length", 1), options.get("chain_width") or rank
     name = f"moslora-{rank}" if length == 1 else f"linchain-{length}-{rank}"
-    if width != _PAPER_WIDTHS.get((length, rank), rank):
+    if width != PAPER_WIDTHS.get((length, rank), rank):
         name += f"-w{width}"
     init = options.get("chain_init", "kaiming")
     return name if init == "kaiming" else f"{name}-{init}"
-
-
-def _unknown(name: object) -> InputError:
-    if name == "full-finetune":
-        return InputError(
-            "method",
-            expected=f"a method that adds adapters ({FORMS})",
-            got="'full-finetune', which trains the model's own weights and has no PEFT configuration",
-            do="train the model without get_peft_model",
-        )
-    return InputError(
-        "method",
-        expected=f"one of the forms {FORMS}, with INIT one of {', '.join(CHAIN_INITS)}",
-        got=repr(name),
-        do="write it like lora-16, moslora-16, linchain-3-16, linchain-2-8 or linchain-3-16-w32-he",
-    )

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from linchain_analysis.adapters import LinChainConfig, read_factors
-from linchain_analysis.adapters.initialisation import CHAIN_INITS, draw_inner_factors
+from linchain_analysis.adapters.initialisation import draw_inner_factors
+from linchain_analysis.method_names import CHAIN_INITS
 
 SHAPES = [{"chain_length": 3}, {"chain_length": 2, "chain_width": 6}, {"chain_length": 1}, {"chain_length": 0}]
 

@@ -1,0 +1,1 @@
+"""Train whole stacks of chains on linear maps at once."""
