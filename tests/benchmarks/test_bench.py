@@ -52,6 +52,7 @@ def test_unknown_topics_and_devices_are_refused_by_name() -> None:
     assert "--device: expected cpu or cuda, got 'tpu'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_quick_growth_with_its_rows_and_figure(tmp_path: Path) -> None:
     done = bench("--quick", "--only", "growth", "--json", tmp_path / "rows.json", "--figures", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
@@ -76,6 +77,7 @@ def test_quick_growth_with_its_rows_and_figure(tmp_path: Path) -> None:
     assert provenance["machine"] in provenance["caption"]
 
 
+@pytest.mark.slow
 def test_the_profiler_is_silent() -> None:
     done = bench("--quick", "--only", "memory", "--pairs", "1")
     assert done.returncode == 0, done.stderr

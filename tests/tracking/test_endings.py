@@ -210,6 +210,7 @@ def test_other_endings(tmp_path: Path, end: str, code: int, status: str, message
     assert load_run(tmp_path / "run").is_alive is False
 
 
+@pytest.mark.slow
 def test_a_thread_that_trains_on_while_the_interpreter_ends(tmp_path: Path) -> None:
     script = f"""
 import threading

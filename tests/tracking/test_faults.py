@@ -86,6 +86,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, untracked: str) -> None:
     assert run.steps["loss"].tolist() == [float(line) for line in untracked.split()[: len(run.steps)]]
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_room_for_the_rows_but_not_for_the_tables(tmp_path: Path, untracked: str) -> None:
     """What is recorded stays in the streams."""
     [said] = messages(tmp_path, script().replace("tracker.close()", f"{limit(100)}; tracker.close()"), untracked)
@@ -184,6 +185,7 @@ def test_two_trackers_of_one_process(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(first.modules) == len(second.modules) == 8
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, untracked: str) -> None:
     slow = script(at="time.sleep(1)")
     processes = [small_training.start(slow, tmp_path) for _ in range(2)]

@@ -205,6 +205,7 @@ def test_a_resumed_training_goes_on_in_the_same_event_files(tmp_path: Path) -> N
     assert_same(shown, tmp_path / "run", rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_wandb_shows_what_the_run_says_beside_the_script_s_own_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

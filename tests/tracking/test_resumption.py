@@ -367,6 +367,7 @@ with Tracker(model, optimizer, "run", strict=True, quiet=True) as tracker:
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_from_a_saved_adapter_in_another_process(tmp_path: Path) -> None:
     for killed_after in (13, 27, None):
         process = small_training.start(RAW, tmp_path)
@@ -473,6 +474,7 @@ for number in range(at + 1, int(sys.argv[1]) + 1):
 )
 
 
+@pytest.mark.slow
 def test_a_launched_loop_is_recognised_by_its_optimiser(tmp_path: Path) -> None:
     for until in (8, 12):
         process = small_training.start(UNTRACKED, tmp_path, str(until), launcher=True)

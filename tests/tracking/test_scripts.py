@@ -81,6 +81,7 @@ def assert_recorded(run: Run, said: pd.DataFrame, **tolerances: float) -> None:
     assert recorded.nunique() == 1
 
 
+@pytest.mark.slow
 def test_a_gradient_scaler_that_skips_its_first_steps(tmp_path: Path) -> None:
     done = run_both_ways("amp_loop.py", tmp_path)
     assert done.code == 0, done.err
@@ -138,6 +139,7 @@ def test_a_lightning_module(tmp_path: Path, way: str) -> None:
     assert (run.steps["clip_coef"] < 1).all()
 
 
+@pytest.mark.slow
 def test_one_training_after_the_other_in_many_ways_with_options_named_like_ours(tmp_path: Path) -> None:
     names = ["compiled", "whole", "reentrant", "checkpointed", "bf16", "autocast", "two", "crash"]
     done = run_both_ways("variants.py", tmp_path, "--out", "mine", "--preset", "light", *names)
@@ -156,6 +158,7 @@ def test_one_training_after_the_other_in_many_ways_with_options_named_like_ours(
     assert len(list(tmp_path.glob("run*"))) == len(trained)
 
 
+@pytest.mark.slow
 def test_a_training_that_outlives_the_script(tmp_path: Path) -> None:
     done = run_both_ways("threaded.py", tmp_path)
     assert done.code == 0, done.err
@@ -164,6 +167,7 @@ def test_a_training_that_outlives_the_script(tmp_path: Path) -> None:
     assert run.status == "complete"
 
 
+@pytest.mark.slow
 def test_a_script_that_tracks_itself_is_not_tracked_twice(tmp_path: Path) -> None:
     done = run_both_ways("own_tracking.py", tmp_path, "out", "first", "second")
     assert done.code == 0, done.err

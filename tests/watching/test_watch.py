@@ -125,6 +125,7 @@ def test_it_ends_by_itself_where_stdout_is_no_terminal(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()[1]) == (0, "its process is gone")
 
 
+@pytest.mark.slow
 def test_complete_failed_and_damaged_runs(tmp_path: Path) -> None:
     small_runs.write_run(tmp_path / "a")
     writer = small_runs.write_run(tmp_path / "b", close=False)
