@@ -192,6 +192,19 @@ def first_order_terms(factors: Sequence[Array], directions: Sequence[Array]) -> 
     ]
 
 
+def trained_gradients(cores: Cores) -> list[Array] | None:
+    """Return ∂L/∂F_i of each factor, 0 for one that has none or does not train; None where they were not recorded."""
+    if cores.gradient is None:
+        return None
+    gradients = []
+    for i, gradient in enumerate(cores.gradient):
+        absent = np.asarray(np.isnan(gradient).all(axis=(1, 2)))
+        if cores.trained is not None:
+            absent = absent | ~cores.trained[:, i]
+        gradients.append(np.where(absent[:, None, None], 0.0, gradient))
+    return gradients
+
+
 def inner_product(a: Array, b: Array) -> Array:
     """⟨a, b⟩ = Σ a_ij b_ij of each pair of a stack, (k,)."""
     return np.asarray(np.einsum("...ij,...ij->...", a, b))

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from linchain_analysis.measures.cores import Cores, cosine, first_order_terms, norm, prefixes, suffixes
+from linchain_analysis.measures.cores import (
+    Cores,
+    cosine,
+    first_order_terms,
+    norm,
+    prefixes,
+    suffixes,
+    trained_gradients,
+)
 from linchain_analysis.measures.registry import Values, measure
 from linchain_analysis.measures.spectral import Array
 from linchain_analysis.vocabulary import Column
@@ -51,14 +59,9 @@ _LARGEST_BLOCK = 600  # rows of the dense block, r² for square chains: 20 ms a 
 def measure_preconditioned_step(cores: Cores) -> Values:
     """Compare the update of delta with the preconditioned gradient of the full weight."""
     unknown = np.full(len(cores), np.nan)
-    if cores.gradient is None:
+    gradients = trained_gradients(cores)
+    if gradients is None:
         return {"preconditioned_cosine": unknown, "preconditioned_share": unknown}
-    gradients = []
-    for i, gradient in enumerate(cores.gradient):
-        absent = np.asarray(np.isnan(gradient).all(axis=(1, 2)))
-        if cores.trained is not None:
-            absent = absent | ~cores.trained[:, i]
-        gradients.append(np.where(absent[:, None, None], 0.0, gradient))
     direction = cores.scale[:, None, None] * sum(first_order_terms(cores.before, gradients), np.zeros(()))
     angle = -cosine(cores.update, direction)
     return {"preconditioned_cosine": angle, "preconditioned_share": angle**2}

@@ -231,6 +231,28 @@ def find_measure(name: str) -> Measure:
     )
 
 
+def check_values(measure: Measure, name: str, values: object, table: str, cores: Cores) -> Array:
+    """Return the values of one column of `table` that a measure made of `cores`.
+
+    Raises:
+        InputError: The measure does not give what it declares.
+    """
+    expected: tuple[int, ...] = (len(cores),)
+    if table == "factors":
+        expected = (len(cores), cores.num_factors)
+    elif table == "links":
+        expected = (len(cores), cores.num_factors - 1)
+    got = np.asarray(values[name], dtype=np.float64) if isinstance(values, Mapping) and name in values else None
+    if got is None or got.shape[: len(expected)] != expected:
+        raise InputError(
+            f"measure {measure.name}",
+            expected=f"{name} of shape {expected} and one more axis for lists",
+            got="nothing" if got is None else f"shape {got.shape}",
+            do="correct its function",
+        )
+    return got
+
+
 def measure_columns(table: Table | None = None) -> tuple[Column, ...]:
     """Return the columns that measures fill in, of `table` or of all."""
     columns = [column for found in all_measures().values() for column in found.columns]
