@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from linchain_analysis.errors import InputError
+from linchain_analysis.problems.synthetic.checking import require_choice, require_number
 
 Floats = NDArray[np.float64]
 OptimizerName = Literal["gd", "momentum", "adam", "adamw"]
-OPTIMIZERS: tuple[OptimizerName, ...] = ("gd", "momentum", "adam", "adamw")
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class OptimizerSettings:
     Attributes:
         name: `gd`, `momentum` (m ← μ m + g, F ← F − η m), `adam` (Kingma & Ba 2015) or `adamw` (Loshchilov & Hutter
             2019: before each step F ← F − η λ F).
-        momentum: μ.
-        beta1: Decay of Adam's first moment.
-        beta2: Decay of its second moment.
-        epsilon: Added to the root of the second moment.
+        momentum: μ, in [0, 1).
+        beta1: Decay of Adam's first moment, in [0, 1).
+        beta2: Decay of its second moment, in [0, 1).
+        epsilon: Added to the root of the second moment; above 0, because the gradient of A is 0 where B is.
         weight_decay: λ of `adamw`.
+
+    Raises:
+        InputError: An unknown name or a number outside its range.
     """
 
     name: OptimizerName = "adam"
@@ -38,10 +42,11 @@ class OptimizerSettings:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise InputError(
-                "optimizer", expected=f"one of {', '.join(OPTIMIZERS)}", got=repr(self.name), do="choose one of them"
-            )
+        require_choice("optimizer", self.name, OPTIMIZERS)
+        for place in ("momentum", "beta1", "beta2"):
+            require_number(place, getattr(self, place), below=1.0)
+        require_number("epsilon", self.epsilon, above=0.0)
+        require_number("weight_decay", self.weight_decay)
 
 
 class StackOptimizer:
@@ -50,57 +55,55 @@ class StackOptimizer:
     Args:
         settings: Which one.
         factors: The factors, each (K, rows, columns); they are changed in place.
-        rates: Learning rate of each factor of each chain, (K, m).
+        rates: Learning rate of each factor of each chain, (K, m). A factor whose rates are all 0 is left alone.
     """
 
     def __init__(self, settings: OptimizerSettings, factors: Sequence[Floats], rates: Floats) -> None:
         self._settings = settings
         self.factors = list(factors)
         self._rates = [np.ascontiguousarray(rates[:, i, None, None]) for i in range(len(self.factors))]
+        self._moving = [i for i in range(len(self.factors)) if rates[:, i].any()]
         self._step = 0
         num_moments = {"gd": 0, "momentum": 1}.get(settings.name, 2)
         self._moments = [[np.zeros_like(factor) for factor in self.factors] for _ in range(num_moments)]
+        self._scratch = [np.empty_like(factor) for factor in self.factors]
 
     def step(self, gradients: Sequence[Floats]) -> None:
-        """Move the factors by one step; `gradients` may be overwritten."""
+        """Move the factors by one step; `gradients` are left as they are."""
         self._step += 1
-        if self._settings.name == "gd":
-            for factor, rate, gradient in zip(self.factors, self._rates, gradients, strict=True):
-                factor -= rate * gradient
-        elif self._settings.name == "momentum":
-            for factor, rate, moment, gradient in zip(
-                self.factors, self._rates, self._moments[0], gradients, strict=True
-            ):
+        for i in self._moving:
+            factor, rate, gradient, scratch = self.factors[i], self._rates[i], gradients[i], self._scratch[i]
+            if self._settings.name == "gd":
+                np.multiply(gradient, rate, out=scratch)
+            elif self._settings.name == "momentum":
+                moment = self._moments[0][i]
                 moment *= self._settings.momentum
                 moment += gradient
-                factor -= rate * moment
-        else:
-            self._step_adam(gradients)
+                np.multiply(moment, rate, out=scratch)
+            else:
+                if self._settings.name == "adamw":
+                    factor *= 1 - rate * self._settings.weight_decay
+                self._scale_by_moments(i, gradient, scratch)
+                scratch *= rate / (1 - self._settings.beta1**self._step)
+            factor -= scratch
 
-    def _step_adam(self, gradients: Sequence[Floats]) -> None:
-        s = self._settings
-        root_correction = np.sqrt(1 - s.beta2**self._step)
-        correction = 1 - s.beta1**self._step
-        for factor, rate, first, second, gradient in zip(
-            self.factors, self._rates, *self._moments, gradients, strict=True
-        ):
-            if s.name == "adamw":
-                factor *= 1 - rate * s.weight_decay
-            first *= s.beta1
-            first += (1 - s.beta1) * gradient
-            second *= s.beta2
-            gradient *= gradient
-            gradient *= 1 - s.beta2
-            second += gradient
-            np.sqrt(second, out=gradient)
-            gradient /= root_correction
-            gradient += s.epsilon
-            np.divide(first, gradient, out=gradient)
-            gradient *= rate / correction
-            factor -= gradient
+    def _scale_by_moments(self, i: int, gradient: Floats, out: Floats) -> None:
+        s, first, second = self._settings, self._moments[0][i], self._moments[1][i]
+        first *= s.beta1
+        np.multiply(gradient, 1 - s.beta1, out=out)
+        first += out
+        second *= s.beta2
+        np.multiply(gradient, gradient, out=out)
+        out *= 1 - s.beta2
+        second += out
+        np.sqrt(second, out=out)
+        out *= 1 / math.sqrt(1 - s.beta2**self._step)
+        out += s.epsilon
+        np.divide(first, out, out=out)
 
     def keep(self, kept: NDArray[np.bool_]) -> None:
         """Forget the chains that are not `kept`."""
         self.factors = [factor[kept] for factor in self.factors]
         self._rates = [rate[kept] for rate in self._rates]
         self._moments = [[moment[kept] for moment in moments] for moments in self._moments]
+        self._scratch = [np.empty_like(factor) for factor in self.factors]
