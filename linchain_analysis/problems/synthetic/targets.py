@@ -2,8 +2,8 @@
 
 `shear-rotation` is T = U · blockdiag(S_k R_k) · Vᵀ: what comes in is sheared first and rotated then. In two dimensions
 U = V = I, the shear is 1 and the angle 60°; above, U (d_in, rank) and V (d_out, rank) have uniform orthonormal columns
-and every 2 × 2 block its own shear and angle. All four names draw the same U, V, shears and angles from one seed, so
-that their targets differ in nothing but what the name says.
+and every 2 × 2 block has its own shear, from N(0, 1), and its own angle, uniform. All four names draw the same U, V,
+shears and angles from one seed, so that their targets differ in nothing but what the name says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ Floats = NDArray[np.float64]
 
 ANGLE = math.pi / 3  # of the two-dimensional targets
 SHEAR = 1.0
-SHEARS = (0.5, 1.5)  # the range of the blocks' shears
 
 
 def rotation(angle: float) -> Floats:
@@ -51,7 +50,7 @@ def draw_block_target(name: str, shape: tuple[int, int], rank: int, generator: n
         rank: Of the target, at most min(shape).
         generator: The stream that shears, angles, U and V are drawn from, in this order.
     """
-    amounts = generator.uniform(*SHEARS, size=rank // 2)
+    amounts = generator.standard_normal(rank // 2)
     angles = generator.uniform(0, 2 * math.pi, size=rank // 2)
     if shape == (2, 2) and rank == 2:
         return BLOCKS[name](SHEAR, ANGLE)
