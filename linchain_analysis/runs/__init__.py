@@ -1,6 +1,7 @@
 """The run folder: what it holds, how it is written and how it is read. No torch in here."""
 
 from linchain_analysis.runs.catalogue import RunSet, find_runs, load_runs
+from linchain_analysis.runs.complete import write_run
 from linchain_analysis.runs.manifest import Manifest, ModuleRecord, Segment
 from linchain_analysis.runs.reader import Run, load_run
 from linchain_analysis.runs.schema import SCHEMA_VERSION
@@ -25,4 +26,5 @@ __all__ = [
     "read_snapshots",
     "read_start",
     "save_start",
+    "write_run",
 ]

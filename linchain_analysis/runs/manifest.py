@@ -188,13 +188,16 @@ def numbers_of(manifest: Manifest) -> dict[str, dict[str, int]]:
     }
 
 
-def write_manifest(folder: Path, manifest: Manifest, *, part_name: str = f"{MANIFEST}.part") -> None:
+def write_manifest(
+    folder: Path, manifest: Manifest, *, part_name: str = f"{MANIFEST}.part", durable: bool = True
+) -> None:
     """Replace the manifest of `folder` whole: a reader sees the old one or the new one.
 
     Args:
         folder: The run folder.
         manifest: What the run says of itself.
         part_name: Of the file that becomes the manifest; another one where this call may interrupt another call.
+        durable: Whether to wait until the disk has it, so that it outlives a power failure.
     """
     # Through JSON once before the checksum is taken: keys that are numbers are sorted otherwise as text.
     values = json.loads(json.dumps(asdict(manifest)))
@@ -203,8 +206,9 @@ def write_manifest(folder: Path, manifest: Manifest, *, part_name: str = f"{MANI
     try:
         with part.open("w", encoding="utf-8") as file:
             json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(folder / MANIFEST)
     except Exception:
         with contextlib.suppress(OSError):

@@ -29,8 +29,14 @@ def name_columns(table: pa.Table, numbers: Mapping[str, Mapping[str, int]]) -> p
     return table
 
 
-def write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
-    """Write `table` whole or not at all; return what the manifest keeps of the file."""
+def write_parquet(path: Path, table: pa.Table, *, durable: bool = True) -> dict[str, Any]:
+    """Write `table` whole or not at all; return what the manifest keeps of the file.
+
+    Args:
+        path: The file.
+        table: What it holds.
+        durable: Whether to wait until the disk has it, so that it outlives a power failure.
+    """
     part = path.with_name(f"{path.name}.part")
     # Measured numbers hardly repeat: a dictionary of them costs more than they do, while their bytes apart, exponents
     # with exponents, are what zstd can shorten.
@@ -47,8 +53,9 @@ def write_parquet(path: Path, table: pa.Table) -> dict[str, Any]:
             write_page_checksum=True,
             store_schema=True,
         )
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         part.replace(path)
     except Exception:
         with contextlib.suppress(OSError):

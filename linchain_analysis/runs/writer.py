@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from linchain_analysis.errors import LinchainError, RunError
 from linchain_analysis.runs.columns import to_arrow
+from linchain_analysis.runs.complete import complete_table
 from linchain_analysis.runs.continuation import continue_manifest
-from linchain_analysis.runs.derived import add_derived
 from linchain_analysis.runs.lock import RunLock
 from linchain_analysis.runs.manifest import MANIFEST, Manifest, now, numbers_of, read_manifest, write_manifest
-from linchain_analysis.runs.parquet import name_columns, read_parquet, write_parquet
+from linchain_analysis.runs.parquet import read_parquet, write_parquet
 from linchain_analysis.runs.process import describe_process
 from linchain_analysis.runs.schema import LIVE, TABLES, live_schema, parquet_name, stream_name
 from linchain_analysis.runs.streams import StreamWriter, read_stream
@@ -209,13 +209,7 @@ class RunWriter:
         try:
             for table in TABLES:
                 stream = read_stream(self._streams[table].path, self._schemas[table])
-                rows = name_columns(stream, self.numbers)
-                derived: list[str] = []
-                if table == "modules":
-                    rows, derived = add_derived(rows)
-                tables[table] = write_parquet(self._folder / parquet_name(table, number), rows)
-                if derived:
-                    tables[table]["derived"] = derived
+                tables[table] = complete_table(self._folder, table, stream, self.numbers, number=number)
             self.update_manifest(status=status, message=message, ended=now(), tables=tables)
         except Exception as error:
             self._stay_live(tables, message, error)

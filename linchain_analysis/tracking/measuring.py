@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linchain_analysis.errors import InputError
-from linchain_analysis.measures.cores import Cores
-from linchain_analysis.measures.registry import NOISE_COLUMNS, Measure
+from linchain_analysis.measures.registry import NOISE_COLUMNS, Measure, check_values
 from linchain_analysis.probes import Chain, Reading, Wanted
 from linchain_analysis.runs import pack_chain
 from linchain_analysis.tracking.presets import SAMPLE_EVERY, Selection
@@ -189,7 +187,7 @@ class Measuring:
             values = measure.function(cores)
             for column in measure.columns:
                 name, num_rows = column.name, int(self._offsets[column.table][-1])
-                value = _checked(measure, name, values, column.table, cores)
+                value = check_values(measure, name, values, column.table, cores)
                 rows = _row_numbers(self._offsets[column.table], members, self._counts[column.table])
                 whole = tables[column.table].get(name)
                 if column.kind in ("spectrum", "values"):
@@ -207,24 +205,6 @@ class Measuring:
 def _row_numbers(offsets: NDArray[np.int_], members: NDArray[np.int_], counts: Sequence[int]) -> NDArray[np.int_]:
     """Rows of these chains, chain by chain; chains of one group have equally many."""
     return (offsets[members][:, None] + np.arange(counts[int(members[0])])).ravel()
-
-
-def _checked(measure: Measure, name: str, values: Any, table: str, cores: Cores) -> NDArray[np.float64]:
-    """The values of one column, refused where a measure does not give what it declares."""
-    expected: tuple[int, ...] = (len(cores),)
-    if table == "factors":
-        expected = (len(cores), cores.num_factors)
-    elif table == "links":
-        expected = (len(cores), cores.num_factors - 1)
-    got = np.asarray(values[name], dtype=np.float64) if isinstance(values, Mapping) and name in values else None
-    if got is None or got.shape[: len(expected)] != expected:
-        raise InputError(
-            f"measure {measure.name}",
-            expected=f"{name} of shape {expected} and one more axis for lists",
-            got="nothing" if got is None else f"shape {got.shape}",
-            do="correct its function",
-        )
-    return got
 
 
 def _link_names(chain: Chain) -> list[str]:

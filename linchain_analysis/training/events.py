@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A worker has begun a run."""
+    """A worker has begun a run, or several at once under one name."""
 
     worker: int
     name: str
+    num_runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class RunStepped:
 
 @dataclass(frozen=True)
 class RunFinished:
-    """A run is complete, after so many seconds."""
+    """A run is complete, after so many seconds, or several that were begun at once."""
 
     worker: int
     name: str
     seconds: float
+    num_runs: int = 1
 
 
 @dataclass(frozen=True)

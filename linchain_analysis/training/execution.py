@@ -6,16 +6,17 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from linchain_analysis.errors import InputError, RunError
-from linchain_analysis.training.events import RunFailed
+from linchain_analysis.training.events import Event, RunFailed
 from linchain_analysis.training.grid import Grid, PlannedRun
 from linchain_analysis.training.progress import Progress, show_progress
-from linchain_analysis.training.resumption import clear, find_standing
+from linchain_analysis.training.resumption import PlannedT, clear, find_standing
 from linchain_analysis.training.workers import count_cores, work_through
 
 GRID_FILE = "sweep.json"
@@ -60,20 +61,44 @@ def run_grid(
     """
     if num_workers is not None and num_workers < 1:
         raise InputError("num_workers", expected="at least 1", got=str(num_workers), do="leave it out for one per core")
-    out = Path(out)
     runs = plan_runs(grid)
+
+    def work(to_do: Sequence[PlannedRun], out: Path) -> Generator[Event]:
+        gpus = list_gpus()
+        return work_through(to_do, out, num_workers=num_workers or len(gpus) or count_cores(), gpus=gpus)
+
+    return carry_out(runs, Path(out), grid.to_json(), work, progress)
+
+
+def carry_out(
+    runs: Sequence[PlannedT],
+    out: Path,
+    content: Mapping[str, Any],
+    work: Callable[[Sequence[PlannedT], Path], Generator[Event]],
+    progress: Progress | None = None,
+) -> GridResult:
+    """See that every run stands complete under `out`: skip those that do, have the rest done by `work`.
+
+    Args:
+        runs: The runs of a grid, every setting resolved.
+        out: Folder of runs, made where it is missing.
+        content: The grid as a JSON object, to be kept there.
+        work: Does the runs that are to be done, each into its folder, and yields what happens; closing it ends it.
+        progress: Who shows the progress; by default bars on a terminal and lines elsewhere.
+
+    Raises:
+        RunError: As `run_grid`.
+    """
     _require_writable(out)
     with _exclusive(out):
         standing = find_standing(runs, out)
-        _write_atomically(out / GRID_FILE, {"grid": grid.to_json(), "runs": [run.name for run in runs]})
+        _write_atomically(out / GRID_FILE, {"grid": content, "runs": [run.name for run in runs]})
         for run in standing.half_finished:
             clear(out / run.name)
         failed = []
         if standing.to_do:
-            gpus = list_gpus()
-            count = num_workers or len(gpus) or count_cores()
             watcher = show_progress() if progress is None else progress
-            events = work_through(standing.to_do, out, num_workers=count, gpus=gpus)
+            events = work(standing.to_do, out)
             with closing(events), watcher.open(num_runs=len(runs), num_complete=len(standing.complete)) as show:
                 for event in events:
                     show(event)

@@ -43,15 +43,7 @@ class Grid:
     shared: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("methods", "seeds", "learning_rates"):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise InputError(name, expected="a list", got=repr(values), do="put it in a list")
-            if name != "learning_rates" and not values:
-                raise InputError(name, expected="at least one", got="none", do="name one")
-            twice = sorted(str(value) for value, count in Counter(values).items() if count > 1)
-            if twice:
-                raise InputError(name, expected="each once", got=f"{', '.join(twice)} twice", do="leave one out")
+        check_axes({"methods": self.methods, "seeds": self.seeds, "learning_rates": self.learning_rates})
         own = sorted(set(self.shared) & set(_OWN))
         if own:
             raise InputError(
@@ -93,6 +85,25 @@ class Grid:
             "seeds": list(self.seeds),
             "shared": dict(self.shared),
         }
+
+
+def check_axes(axes: Mapping[str, object]) -> None:
+    """Refuse what a grid cannot be made of.
+
+    Args:
+        axes: What it varies, by name; only `learning_rates` may be empty.
+
+    Raises:
+        InputError: An axis that is no list, is empty or names something twice.
+    """
+    for name, values in axes.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise InputError(name, expected="a list", got=repr(values), do="put it in a list")
+        if name != "learning_rates" and not values:
+            raise InputError(name, expected="at least one", got="none", do="name one")
+        twice = sorted(str(value) for value, count in Counter(values).items() if count > 1)
+        if twice:
+            raise InputError(name, expected="each once", got=f"{', '.join(twice)} twice", do="leave one out")
 
 
 def name_run(method: str, learning_rate: float, seed: int) -> str:

@@ -123,18 +123,22 @@ class _Work:
     def __init__(self, num_complete: int) -> None:
         self.num_done = num_complete
         self._parts: dict[int, float] = {}
+        self._sizes: dict[int, int] = {}  # runs that a worker does at once
 
     @property
     def amount(self) -> float:
-        return self.num_done + sum(self._parts.values())
+        return self.num_done + sum(self._sizes.get(worker, 1) * part for worker, part in self._parts.items())
 
     def count(self, event: Event) -> None:
         match event:
             case RunStarted(worker):
-                self._parts[worker] = 0.0
+                self._parts[worker], self._sizes[worker] = 0.0, event.num_runs
             case RunStepped(worker, _, step, num_steps):
                 self._parts[worker] = step / num_steps
-            case RunFinished(worker) | RunFailed(worker):
+            case RunFinished(worker):
+                self._parts[worker] = 0.0
+                self.num_done += event.num_runs
+            case RunFailed(worker):
                 self._parts[worker] = 0.0
                 self.num_done += 1
 

@@ -3,50 +3,74 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from linchain_analysis.errors import LinchainError, RunError
 from linchain_analysis.runs import load_run
+from linchain_analysis.runs.complete import UNFINISHED
 from linchain_analysis.runs.lock import LOCK
-from linchain_analysis.training.grid import PlannedRun
+from linchain_analysis.runs.schema import TABLES, parquet_name
 
 _MANIFEST = "manifest.json"
+# What `write_run` leaves when it is killed; `UNFINISHED` itself is what tells it from tables whose manifest was lost.
+_UNFINISHED_TABLES = {f"{parquet_name(table)}{end}" for table in TABLES for end in ("", ".part")}
+
+
+class Settings(Protocol):
+    """Settings of a run."""
+
+    def to_json(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+class Planned(Protocol):
+    """A run of a grid: the name of its folder and its settings."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def settings(self) -> Settings: ...  # noqa: D102
+
+
+PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 @dataclass(frozen=True)
-class Standing:
+class Standing(Generic[PlannedT]):
     """Runs of a grid by what is to be done with them."""
 
-    complete: tuple[PlannedRun, ...]
-    half_finished: tuple[PlannedRun, ...]
-    missing: tuple[PlannedRun, ...]
+    complete: tuple[PlannedT, ...]
+    half_finished: tuple[PlannedT, ...]
+    missing: tuple[PlannedT, ...]
 
     @property
-    def to_do(self) -> tuple[PlannedRun, ...]:
+    def to_do(self) -> tuple[PlannedT, ...]:
         """Runs that are still to be trained."""
         return (*self.half_finished, *self.missing)
 
 
-def find_standing(runs: Sequence[PlannedRun], out: Path) -> Standing:
+def find_standing(runs: Sequence[PlannedT], out: Path) -> Standing[PlannedT]:
     """Sort runs, with their settings resolved, by what their folders in `out` hold. Nothing is changed there.
 
     Raises:
         RunError: If a folder of that name holds a run of other settings, or something that is no run.
     """
-    found: dict[str, list[PlannedRun]] = {"complete": [], "half_finished": [], "missing": []}
+    found: dict[str, list[PlannedT]] = {"complete": [], "half_finished": [], "missing": []}
     for run in runs:
         found[_judge(run, out / run.name)].append(run)
     return Standing(*(tuple(found[key]) for key in ("complete", "half_finished", "missing")))
 
 
-def _judge(run: PlannedRun, folder: Path) -> str:
+def _judge(run: Planned, folder: Path) -> str:
     if not folder.exists():
         return "missing"
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK, f"{_MANIFEST}.part"}:
-        return "half_finished"  # killed before its manifest was whole
+    if folder.is_dir():
+        held = {path.name for path in folder.iterdir()}
+        if held <= {LOCK, UNFINISHED} or UNFINISHED in held <= {LOCK, UNFINISHED, *_UNFINISHED_TABLES}:
+            return "half_finished"  # killed before its manifest was whole
     if not (folder / _MANIFEST).is_file():
         raise RunError(str(folder), expected="a run", got=f"something without {_MANIFEST}", do="move it away")
     try:

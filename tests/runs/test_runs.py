@@ -26,7 +26,7 @@ from linchain_analysis.runs import (
     load_runs,
     save_start,
 )
-from linchain_analysis.runs import writer as writing
+from linchain_analysis.runs import complete as completing
 from linchain_analysis.runs.lock import LOCK
 from linchain_analysis.vocabulary import columns_of
 
@@ -124,7 +124,7 @@ def test_derived_columns_are_stored_when_a_run_is_completed(tmp_path: Path) -> N
 
 def test_a_file_without_derived_columns_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_odd_spectra(tmp_path / "new").close()
-    monkeypatch.setattr(writing, "add_derived", lambda rows: (rows, []))
+    monkeypatch.setattr(completing, "add_derived", lambda rows: (rows, []))
     write_odd_spectra(tmp_path / "old").close()
     old, new = load_run(tmp_path / "old"), load_run(tmp_path / "new")
     assert "derived" not in old.manifest.tables["modules"]

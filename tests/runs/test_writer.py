@@ -14,6 +14,7 @@ from runs.make_schema_run import MANIFEST, NAMES, PROCESS, snapshot_cores, write
 
 from linchain_analysis.errors import RunError
 from linchain_analysis.runs import SCHEMA_VERSION, Manifest, Run, RunWriter, load_run, load_runs, read_snapshots
+from linchain_analysis.runs import complete as completing
 from linchain_analysis.runs import writer as writing
 
 TABLES = ("steps", "modules", "factors", "links", "evals", "snapshots", "health")
@@ -130,7 +131,7 @@ def test_a_kill_anywhere_in_close_leaves_the_run_readable(
     write(tmp_path / "intact").close()
     whole = {table: load_run(tmp_path / "intact").read(table) for table in TABLES}
     num_calls = 0
-    moments = [(writing, "write_parquet"), (writing, "write_manifest"), (Path, "unlink")]
+    moments = [(completing, "write_parquet"), (writing, "write_manifest"), (Path, "unlink")]
     for kill_at in range(1, 100):
         writer = write(tmp_path / "run")
         num_calls = 0

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from linchain_analysis import audit as audit_door
+from linchain_analysis import figures as figures_door
 from linchain_analysis import finetune as finetune_door
 from linchain_analysis import load_run
 from linchain_analysis import sweep as sweep_door
+from linchain_analysis import watch as watch_door
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
 STORIES = SHARED / "models/stories260k"
@@ -118,6 +121,108 @@ def test_sweep_reports_what_failed_prints_a_table_and_goes_on_when_started_again
     for k in rows:
         assert len(re.findall(r"[\d.e+-]+", lines[k].split(" 2 ")[1])) == 3  # loss, accuracy, effective rank
         assert len(re.findall(r"[\d.e+-]+ … [\d.e+-]+", lines[k + 1])) == 3  # and their intervals below
+
+
+MAP = ["--problem", "shear-rotation", "--dim", 8, "--target-rank", 2, "--steps", 60]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--problem", "shear-rotaton"], "did you mean 'shear-rotation'?"),
+        (["--problem", "riddles"], "expected one of sums (text) or rotation, shear, shear-rotation"),
+        (["--problem", "shear", "--data", "x.json"], "--data: expected none with the problem shear (a synthetic map)"),
+        (["--problem", "shear", "--accumulation", "1"], "--accumulation: expected none"),  # even if it is the default
+        (["--problem", "shear", "--demo"], "--demo: expected none"),
+        (["--problem", "sums", "--dim", "64"], "--dim: expected none with the problem sums (no synthetic map)"),
+        (["--methods", "lora-4", "--optimizer", "gd"], "leave it out: it is for synthetic maps"),
+        (["--problem", "shear", "--optimizer", "sgd"], "optimizer: expected one of gd, momentum, adam, adamw"),
+        (["--problem", "shear", "--map-loss", "cubic"], "loss: expected one of quadratic, quartic"),
+        (["--problem", "shear", "--scale", "much"], "--scale: expected a number or alpha, got 'much'"),
+        (["--problem", "shear", "--methods", "full-finetune"], "got 'full-finetune'"),
+        (["--problem", "shear", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--problem", "shear", "--workers", "0"], "num_threads: expected at least 1, got 0"),
+        (["--problem", "shear", "--every", "often"], "every: expected"),
+        (["--problem", "shear", "--samples", "8", "--batch-size", "8"], "batch_size: expected"),
+    ],
+)
+def test_sweep_refuses_what_a_map_cannot_be(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    code, output = call(sweep_door, "--out", tmp_path / "runs", *arguments)
+    assert code == 2
+    assert complaint in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sweep_trains_maps_and_tells_each_methods_best_rate(tmp_path: Path) -> None:
+    command = [*MAP, "--methods", "lora-2,linchain-1-2-orthogonal", "--learning-rates", "0.0001,0.1,1e6", "--seeds", 2]
+    code, output = call(sweep_door, "--out", tmp_path, *command, "--optimizer", "gd", "--scale", "alpha")
+    assert code == 0, output
+    assert "12 complete runs (0 of them from before)" in output
+    runs = [load_run(path.parent) for path in tmp_path.glob("*/manifest.json")]
+    assert {run.problem for run in runs} == {"shear-rotation-d8-rank2-gd-scale2-steps60"}
+    for method in ("lora-2", "linchain-1-2-orthogonal"):
+        row = re.search(rf"^ *{method} +0\.1 +2 +([\d.e-]+) +(\d+)% +([\d.]*) *$", output, re.MULTILINE)
+        assert row is not None, output
+        final = [run.steps["relative_loss"].iloc[-1] for run in runs if f"{method}_lr0.1_" in run.path.name]
+        assert float(row[1]) == pytest.approx(sum(final) / 2, rel=1e-2)  # printed: 3 digits
+    assert "It was chosen on the seeds that are shown" in re.sub(r"\s+", " ", output)
+    code, output = call(sweep_door, "--out", tmp_path, *command, "--optimizer", "gd", "--scale", "alpha")
+    assert code == 0 and "12 complete runs (12 of them from before)" in output
+    code, output = call(sweep_door, "--out", tmp_path, *command, "--optimizer", "gd")
+    assert code == 2 and "expected scale None, got" not in output and "scale" in output
+
+
+def test_maps_have_methods_rates_and_seeds_of_their_own(tmp_path: Path) -> None:
+    short = ["--problem", "shear", "--dim", 4, "--steps", 2]
+    code, output = call(sweep_door, "--out", tmp_path / "grid", *short, "--seeds", 1)
+    assert code == 0, output
+    assert f"{5 * 14} complete runs" in output
+    assert (tmp_path / "grid" / "linchain-4-8_lr6.103515625e-05_seed0" / "manifest.json").is_file()  # 2^-14
+    code, output = call(sweep_door, "--out", tmp_path / "seeds", *short, "--methods", "lora-2", "--optimizer", "gd")
+    assert f"{12 * 10} complete runs" in output
+    assert (tmp_path / "seeds" / "lora-2_lr16.0_seed9" / "manifest.json").is_file()
+
+
+def test_a_run_of_a_map_is_read_by_the_doors_that_read_runs(tmp_path: Path) -> None:
+    one = ["--methods", "lora-2", "--seeds", 1, "--learning-rates", 0.125, "--preset", "full"]
+    code, output = call(sweep_door, "--out", tmp_path, *MAP, *one)
+    assert code == 0, output
+    folder = tmp_path / "lora-2_lr0.125_seed0"
+    code, output = call(watch_door, "--once", folder)
+    assert code == 0 and "60 of 60" in output and "lora-2 on shear-rotation-d8-rank2-steps60" in output
+    code, output = call(audit_door, folder)
+    assert code == 0 and "lora-2" in output
+
+
+@pytest.mark.slow
+def test_figures_of_maps_are_drawn(tmp_path: Path) -> None:
+    code, output = call(sweep_door, "--out", tmp_path, *MAP, "--methods", "lora-2,moslora-2", "--learning-rates", "0.1")
+    assert code == 0, output
+    code, output = call(figures_door, tmp_path, "--out", tmp_path / "figures")
+    assert code == 0, output
+    assert (tmp_path / "figures" / "effective-rank" / "figure.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_of_maps_goes_on_after_its_end(how: signal.Signals, tmp_path: Path) -> None:
+    options = ["--problem", "shear-rotation", "--methods", "lora-8", "--seeds", "40", "--learning-rates", "0.01"]
+    command = [sys.executable, "-m", "linchain_analysis.sweep", "--out", str(tmp_path), *options, "--steps", "400"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), output
+    assert "Traceback" not in output
+    before = len(list(tmp_path.glob("*/manifest.json")))
+    assert 1 <= before < 40
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"40 complete runs ({before} of them from before)" in done.stdout
+    assert all(load_run(path.parent).num_steps == 400 for path in tmp_path.glob("*/manifest.json"))
 
 
 @pytest.mark.slow

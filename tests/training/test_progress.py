@@ -49,6 +49,32 @@ def test_lines_tell_start_end_and_the_time_left() -> None:
     ]
 
 
+def test_runs_that_are_done_at_once_count_as_many() -> None:
+    lines = write_lines(
+        [
+            (0, RunStarted(1, "a and 5 more", 6)),
+            (5, RunStepped(1, "a and 5 more", 20, 40, None)),
+            (10, RunFailed(1, "c", "no space", "")),
+            (20, RunFinished(1, "a and 5 more", 20.0, 5)),
+        ],
+        num_runs=12,
+        num_complete=2,
+    )
+    # Six runs in 20 s leave four for 13.3 s.
+    assert lines[-2:] == [
+        "[3/12] c failed: no space, about 1 min 30 s left",
+        "[8/12] a and 5 more finished in 20.0 s, about 13.3 s left",
+    ]
+    clock = Clock()
+    with Lines(lines.append, clock=clock).open(num_runs=12, num_complete=0) as show:
+        show(RunStarted(1, "a and 5 more", 6))
+        show(RunStarted(2, "b"))
+        show(RunStepped(1, "a and 5 more", 20, 40, None))
+        clock.now += 8
+        show(RunFinished(2, "b", 8.0))
+    assert lines[-1] == "[1/12] b finished in 8.0 s, about 16.0 s left"  # one run and half of six in 8 s
+
+
 def test_lines_tell_of_steps_at_intervals_only() -> None:
     steps = [(float(second), RunStepped(1, "a", second, 60, 2.0 / second)) for second in range(1, 26)]
     lines = write_lines([(0.0, RunStarted(1, "a")), *steps], num_runs=1)

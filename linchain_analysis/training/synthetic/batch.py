@@ -8,7 +8,6 @@ cache, and the pieces are shared among threads.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from linchain_analysis.errors import InputError
 from linchain_analysis.measures.theory.gradients import factor_gradients, multiply_chain
@@ -23,6 +23,7 @@ from linchain_analysis.problems.synthetic import LinearMaps
 from linchain_analysis.problems.synthetic.checking import require_whole
 from linchain_analysis.problems.synthetic.maps import Workspace
 from linchain_analysis.training.synthetic.optimizers import OptimizerSettings, StackOptimizer
+from linchain_analysis.training.workers import count_cores
 
 Floats = NDArray[np.float64]
 _PIECE_BYTES = 1 << 20  # of one ΔW stack: it, the residual and the factors then stay in a core's cache
@@ -152,8 +153,7 @@ def train_chains(
     A chain whose loss or gradient is no longer finite has diverged: it is given up, its later losses are NaN, and the
     others go on.
 
-    BLAS should have one thread (`one_blas_thread`): where it has more, they wait for each other longer
-    than such small products take.
+    BLAS has one thread meanwhile: with more, they wait for each other longer than such small products take.
 
     Args:
         problem: What is learned.
@@ -192,13 +192,14 @@ def train_chains(
     def train(piece: NDArray[np.intp]) -> None:
         _train_piece(problem, stack, optimizer, num_steps, piece, smallest, result, observe, observe_at)
 
-    threads = min(num_threads or len(os.sched_getaffinity(0)), len(pieces))
-    if threads <= 1:
-        for piece in pieces:
-            train(piece)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(train, pieces))
+    threads = min(num_threads or count_cores(), len(pieces))
+    with threadpool_limits(1, user_api="blas"):
+        if threads <= 1:
+            for piece in pieces:
+                train(piece)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(train, pieces))
     return result
 
 
