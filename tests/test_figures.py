@@ -222,3 +222,75 @@ def test_a_folder_without_runs_is_refused_by_name(name: str, tmp_path: Path) -> 
     assert done.exit_code == 2
     assert str(tmp_path / name) in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two methods at four learning rates, of which the third is the best."""
+    folder = tmp_path_factory.mktemp("sweep") / "runs"
+    for place, method in enumerate(("lora-2", "moslora-2")):
+        for rate, speed in ((0.125, 0.1), (0.25, 0.3), (0.5, 1.0), (1.0, 0.2)):
+            for seed in (0, 1):
+                manifest = Manifest(
+                    ("t",),
+                    method=method,
+                    problem="shear",
+                    base_learning_rate=rate,
+                    init_seed=seed,
+                    data_seed=seed,
+                    modules=(ModuleRecord("map", "map", 0, "default", 2, 2, 1.0, (("A", (2, 2)), ("B", (2, 2)))),),
+                )
+                writer = RunWriter(folder / f"{method}_lr{rate}_seed{seed}", manifest)
+                losses = [math.exp(-speed * step / (1 + place + seed)) for step in range(1, 11)]
+                spectra = [[1.0, 0.1 * step] for step in range(1, 11)]
+                steps = list(range(1, 11))
+                writer.append("modules", {"step": steps, "module": ["map"] * 10, "spectrum": spectra})
+                writer.append("scalars", {"step": steps, "name": ["relative_loss"] * 10, "value": losses})
+                writer.append("steps", {"step": steps, "loss": losses})
+                writer.close()
+    return folder
+
+
+def test_a_sweep_over_rates_is_one_figure_and_the_others_show_each_method_at_its_best(
+    sweep: Path, tmp_path: Path
+) -> None:
+    done = _draw(sweep, "--out", tmp_path, "--format", "png", "--level", "0.2")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"drawn: {tmp_path}", f"drawn: {tmp_path / 'best'}"]
+    rates = pd.read_csv(tmp_path / "drawn.csv")
+    over = rates[rates["part"] == "a-c"]
+    assert over["base_learning_rate"].nunique() == 4
+    assert set(over["quantity"]) == {"steps to 0.2 of relative_loss"}
+    # Seeds divide the speed by 1 and 2: exp(−s) ≤ 0.2 from s = 2 on, exp(−s/2) from 4 on.
+    fastest = over[(over["method"] == "lora-2") & (over["base_learning_rate"] == 0.5)]
+    assert fastest["median"].tolist() == [3.0]
+    provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
+    assert len(provenance["runs"]) == 16
+    best = json.loads((tmp_path / "best" / "loss" / "provenance.json").read_text(encoding="utf-8"))
+    assert {run["base_learning_rate"] for run in best["runs"]} == {0.5}
+    assert "Each method at its own learning rate: lora-2 0.5, moslora-2 0.5;" in best["caption"]
+    assert "at most 0.2" in provenance["caption"]
+
+
+def test_figures_of_a_sweep_are_drawn_by_name(sweep: Path, tmp_path: Path) -> None:
+    options = ["--format", "png", "--out", tmp_path]
+    assert _draw(sweep, *options, "--only", "learning-rates").stdout.splitlines() == [
+        f"drawn: {tmp_path / 'learning-rates'}"
+    ]
+    both = _draw(sweep, *options, "--only", "loss,learning-rates").stdout.splitlines()
+    assert both == [f"drawn: {tmp_path / 'learning-rates'}", f"drawn: {tmp_path / 'best' / 'loss'}"]
+
+
+def test_a_sweep_is_drawn_rate_by_rate_on_request(sweep: Path, tmp_path: Path) -> None:
+    done = _draw(sweep, "--out", tmp_path, "--format", "png", "--each-rate", "--only", "loss")
+    assert done.exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"shear-lr{rate}" for rate in ("0.125", "0.25", "0.5", "1")}
+
+
+def test_a_sweep_of_two_problems_has_a_folder_for_each(sweep: Path, runs: Path, tmp_path: Path) -> None:
+    done = _draw(sweep, runs, "--out", tmp_path, "--format", "png", "--only", "loss")
+    assert done.stdout.splitlines() == [
+        f"drawn: {tmp_path / 'shear' / 'best' / 'loss'}",
+        f"drawn: {tmp_path / 'sums' / 'loss'}",
+    ]

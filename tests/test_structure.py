@@ -28,6 +28,19 @@ ROOMS = {
     "auditing": {"measures", "probes", "adapters", "runs", "problems"},
     # It measures every other room, and nothing but the door imports it.
     "benchmarks": {"adapters", "probes", "tracking", "runs", "problems", "training", "measures", "analysis", "plots"},
+    # Whole experiments with every other room, which nothing but their door imports.
+    "controls": {
+        "adapters",
+        "analysis",
+        "auditing",
+        "measures",
+        "plots",
+        "probes",
+        "problems",
+        "runs",
+        "tracking",
+        "training",
+    },
 }
 WITHOUT_TORCH = ("measures", "runs", "analysis", "plots", "watching")
 
@@ -69,7 +82,7 @@ def test_ground_imports_nothing_and_nothing_imports_a_door() -> None:
     for name in GROUND:
         assert imported_rooms(PACKAGE / f"{name}.py") <= GROUND
     doors = {file.stem for file in PACKAGE.glob("*.py")} - GROUND - {"__init__"}
-    assert doors >= {"track", "finetune", "sweep", "figures", "bench", "audit", "watch"}
+    assert doors >= {"track", "finetune", "sweep", "figures", "bench", "audit", "watch", "calibrate"}
     for file in PACKAGE.rglob("*.py"):
         assert not imported_rooms(file) & doors, file
 

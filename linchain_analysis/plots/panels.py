@@ -17,7 +17,8 @@ from linchain_analysis.plots.style import MethodStyle, assign_styles, paper_styl
 
 MAX_COLUMNS = 5
 _FEW_STEPS = 25  # up to so many are each marked: a line between two samples alone would pass for a trend
-_LEGEND_ENTRY_INCHES = 1.35
+_LEGEND_ENTRY_INCHES = 1.35  # at least, for names in one figure to stand where they do in another
+_LEGEND_LINE_INCHES, _CHARACTER_INCHES = 0.68, 0.058
 _FINE_DECADES = 2.0  # a logarithmic axis of fewer has too few powers of ten in view to be read by
 
 
@@ -101,7 +102,9 @@ def count_rows(content: Content) -> int:
 
 
 def _legend_columns(styles: Mapping[str, MethodStyle], width: float) -> int:
-    fitting = max(1, min(len(styles), int(width / _LEGEND_ENTRY_INCHES)))
+    longest = max(map(len, styles), default=0)
+    entry = max(_LEGEND_ENTRY_INCHES, _LEGEND_LINE_INCHES + _CHARACTER_INCHES * longest)
+    fitting = max(1, min(len(styles), int(width / entry)))
     # Rows of equal length: 4 methods where 3 would fit are two rows of 2.
     return math.ceil(len(styles) / math.ceil(len(styles) / fitting))
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import matplotlib as mpl
 
 from linchain_analysis.analysis.methods import sort_methods
+from linchain_analysis.errors import InputError
+from linchain_analysis.method_names import parse_method
 
 # Text widths in inches: one column and the whole page.
 WIDTHS = {
@@ -73,6 +75,9 @@ KNOWN = {
     "linchain-3-16": MethodStyle(BLUE, DASHES[3]),
     "full-finetune": MethodStyle(VERMILION, DASHES[4]),
 }
+# By the number of inner factors, as those of the paper; and how many dashes an init is away from theirs.
+_COLORS = (BLACK, ORANGE, GREEN, BLUE, PURPLE, VERMILION, SKY)
+_SHIFTS = {"kaiming": 0, "orthogonal": 4, "identity": 6, "he": 2, "lecun": 3}
 _FREE = tuple(
     style
     for dash in DASHES
@@ -84,21 +89,36 @@ _FREE = tuple(
 def assign_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
     """Return a style for each method, different for all of them, in the order of `sort_methods`.
 
-    The methods of the paper always look the same. Any other has a place by its name, the same in every process; where
-    two names fall on one place the later takes the next free one.
+    The methods of the paper always look the same. Another chain has the colour of its number of inner factors and the
+    dash of that and its init; any other method has a place by its name, the same in every process. Where two methods
+    fall on one style the later takes the next free one.
 
     Args:
         methods: Names; up to 56 have styles of their own, after which they repeat.
     """
+    names = sort_methods(methods)
     styles: dict[str, MethodStyle] = {}
-    for method in sort_methods(methods):
+    taken = {KNOWN[method] for method in names if method in KNOWN}
+    for method in names:
         if method in KNOWN:
             styles[method] = KNOWN[method]
             continue
         place = zlib.crc32(method.encode()) % len(_FREE)
-        order = [*_FREE[place:], *_FREE[:place]]
-        styles[method] = next((style for style in order if style not in styles.values()), _FREE[place])
+        order = [*_wish(method), *_FREE[place:], *_FREE[:place]]
+        styles[method] = next((style for style in order if style not in taken), _FREE[place])
+        taken.add(styles[method])
     return styles
+
+
+def _wish(method: str) -> list[MethodStyle]:
+    """The styles that say what the name of a chain says, its own first; none for a name that cannot be read."""
+    try:
+        chain = parse_method(method)
+    except InputError:
+        return []
+    color = _COLORS[chain.chain_length % len(_COLORS)]
+    place = (chain.chain_length + _SHIFTS[chain.chain_init]) % len(DASHES)
+    return [MethodStyle(color, dash) for dash in [*DASHES[place:], *DASHES[:place]]]
 
 
 PAPER: dict[Any, Any] = {
