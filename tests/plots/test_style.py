@@ -1,7 +1,11 @@
 import subprocess
 import sys
 
-from linchain_analysis.plots.style import DASHES, assign_styles
+import pytest
+from matplotlib.figure import Figure
+
+from linchain_analysis.plots.panels import draw_legend
+from linchain_analysis.plots.style import DASHES, assign_styles, paper_style
 
 PAPER = ["lora-16", "moslora-16", "linchain-2-8", "linchain-3-16", "full-finetune"]
 STUDY = [f"linchain-{n}-16-{init}" for n in range(5) for init in ("he", "lecun", "orthogonal", "identity")]
@@ -41,3 +45,25 @@ def test_styles_are_the_same_in_every_process() -> None:
 def test_drawing_needs_no_torch() -> None:
     code = "import sys, linchain_analysis.plots, linchain_analysis.analysis; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_chains_of_one_length_share_a_colour_and_inits_differ_by_dash() -> None:
+    styles = assign_styles(["lora-8", "moslora-8", "linchain-3-8", "linchain-3-8-orthogonal", "linchain-3-16"])
+    paper = assign_styles(PAPER)
+    assert styles["lora-8"] == paper["lora-16"]
+    assert styles["moslora-8"] == paper["moslora-16"]
+    three = [styles[f"linchain-3-{name}"] for name in ("8", "8-orthogonal", "16")]
+    assert {style.color for style in three} == {paper["linchain-3-16"].color}
+    assert len({style.dash for style in three}) == 3
+    assert styles["linchain-3-16"] == paper["linchain-3-16"]  # and the other one of rank 8 gives way
+
+
+@pytest.mark.parametrize("ending", ["", "-w16-orthogonal"])
+def test_a_legend_is_no_wider_than_its_figure(ending: str) -> None:
+    names = [f"linchain-{n}-16{ending}" for n in range(2, 10)]
+    with paper_style():
+        figure = Figure(figsize=(6.75, 2), layout="constrained")
+        draw_legend(figure, assign_styles(names), 6.75)
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        assert legend.get_window_extent().width <= figure.bbox.width
