@@ -21,9 +21,10 @@ INTRODUCTION = """<!-- Written by `{command}` from figures/controls/findings.jso
 # Positive controls
 
 A null result means something only if the instrument sees effects that are known to exist. Each control reproduces one
-of them with the measures of this package, by a criterion that is fixed in its code before it runs. Criteria come
-from theory or from the source; sizes, ranges of rates and lengths of training were chosen by trying, so that a pass
-says that the instrument can see the effect, not how general the effect is.
+of them with the measures of this package, by a criterion that stands in its code and is the same at every run. Few
+criteria were written before anything had been seen: the history of each control says what had been tried before, and
+what of criterion or settings was changed after results had been seen. Sizes, ranges of rates and lengths of training
+were chosen by trying, so that a pass says that the instrument can see the effect, not how general the effect is.
 
 ```
 python -m linchain_analysis.calibrate          # all of them; names for some, --list for their criteria
@@ -58,7 +59,8 @@ def _section(name: str, one: Mapping[str, Any]) -> Iterator[str]:
     yield f"{one['title']}: **{_verdict(one)}**.\n"
     for label in ("claim", "source", "criterion"):
         yield f"- **{label}**: {_escape(one[label])}"
-    yield f"- **found**: {_escape(one['statement'])}\n"
+    yield f"- **found**: {_escape(one['statement'])}"
+    yield f"- **history**: {_escape(one['history'])}\n"
     yield f"![{one['title']}](../figures/controls/{name}/figure.png)\n"
     yield "| measured | value |"
     yield "| --- | --- |"

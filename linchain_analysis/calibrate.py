@@ -21,8 +21,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 @app.command()
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Some controls; all of them unless named.")] = None,
-    show: Annotated[bool, typer.Option("--list", help="Print the controls with their criteria and end.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the figures and for findings.json.")] = Path("figures/controls"),
+    show: Annotated[
+        bool, typer.Option("--list", help="Print the controls with their criteria and histories, and end.")
+    ] = False,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the figures and for findings.json. One call at a time: it is changed without a lock."
+        ),
+    ] = Path("figures/controls"),
 ) -> None:
     """Reproduce known effects with the measures of this package, and say whether each meets its criterion.
 
@@ -38,7 +45,8 @@ def main(
         controls = find_controls(names or [])
         if show:
             for control in controls:
-                typer.echo(f"{control.name}: {control.title}\n  {control.claim}\n  criterion: {control.criterion}")
+                typer.echo(f"{control.name}: {control.title}\n  {control.claim}")
+                typer.echo(f"  criterion: {control.criterion}\n  history: {control.history}")
             return
         passed = [_calibrate(control, out) for control in controls]
     except LinchainError as error:
@@ -72,7 +80,7 @@ def _calibrate(control: Control, out: Path) -> bool:
 
 def _without_values(found: Mapping[str, Any]) -> dict[str, Any]:
     """What a figure's origin says of its control; the values stand in findings.json."""
-    return {name: found[name] for name in ("claim", "source", "criterion")}
+    return {name: found[name] for name in ("claim", "source", "criterion", "history")}
 
 
 if __name__ == "__main__":

@@ -150,5 +150,6 @@ CONTROL = Control(
         f"with 2 and of the difference in effective rank lie below 1 and below 0, where every run has fitted the "
         f"entries that it sees to {100 * TRAIN_ERROR:g} %."
     ),
+    history="The criterion was worded after exploratory runs.",
     run=_run,
 )

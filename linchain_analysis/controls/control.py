@@ -38,7 +38,10 @@ class Control:
         title: A few words.
         claim: What the source says, one sentence.
         source: Citation with the arXiv identifier.
-        criterion: When the effect counts as seen, one sentence with its numbers, fixed before anything is run.
+        criterion: When the effect counts as seen, one sentence with its numbers. It stands in the code and is the same
+            at every run; `history` says what had been seen before it was written.
+        history: What was tried before, and what of criterion or settings was changed after results had been seen:
+            "Nothing was changed after first results." where that is so.
         run: Computes, judges and draws; the same numbers at every call on one machine.
     """
 
@@ -47,4 +50,5 @@ class Control:
     claim: str
     source: str
     criterion: str
+    history: str
     run: Callable[[], Finding]

@@ -22,6 +22,7 @@ def describe_finding(control: Control, finding: Finding, seconds: float) -> dict
         "claim": control.claim,
         "source": control.source,
         "criterion": control.criterion,
+        "history": control.history,
         "passed": finding.passed,
         "statement": finding.statement,
         "measured": {name: value if math.isfinite(value) else None for name, value in finding.measured.items()},
@@ -31,6 +32,8 @@ def describe_finding(control: Control, finding: Finding, seconds: float) -> dict
 
 def add_finding(folder: Path, name: str, found: Mapping[str, Any]) -> None:
     """Put what was found of `name` into the file of `folder`, beside what earlier calls found of other controls.
+
+    The file is read, changed and replaced without a lock: of two calls at one time, one may lose what the other found.
 
     Raises:
         InputError: A file that is there and is none of these.

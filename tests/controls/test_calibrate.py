@@ -37,6 +37,7 @@ def test_a_control_that_passes_leaves_its_files(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "good").iterdir()} == names
     origin = json.loads((tmp_path / "good" / "provenance.json").read_text(encoding="utf-8"))
     assert origin["control"]["criterion"] == "value > 1"
+    assert origin["control"]["history"] == "Nothing was changed after first results."
     assert origin["command"][:3] == ["python", "-m", "linchain_analysis.calibrate"]
     assert read_findings(tmp_path)["good"]["passed"] is True
 
@@ -55,6 +56,7 @@ def test_the_list_runs_nothing_and_a_wrong_name_is_refused(tmp_path: Path) -> No
     listed = CliRunner().invoke(app, ["--list", "--out", str(tmp_path)])
     assert listed.exit_code == 0
     assert re.findall(r"^\w+", listed.output, flags=re.MULTILINE) == ["bad", "good"]
+    assert listed.output.count("history: Nothing was changed after first results.") == 2
     wrong = CliRunner().invoke(app, ["god", "--out", str(tmp_path)])
     assert wrong.exit_code == 2
     assert "did you mean 'good'" in wrong.stderr
@@ -74,12 +76,13 @@ def test_the_page_says_a_failure_and_what_is_undefined() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    words = {name: f"The {name} a|b." for name in ("title", "claim", "source", "criterion", "statement")}
+    words = {name: f"The {name} a|b." for name in ("title", "claim", "source", "criterion", "history", "statement")}
     bad = {**words, "passed": False, "measured": {"slope": None}, "seconds": 3.2}
     good = {**words, "passed": True, "measured": {"slope": 1.23456}, "seconds": 1.0}
     page = module.write_page({"bad": bad, "good": good})
     assert "1 of 2 pass." in page
     assert "The title a|b.: **failed**." in page
+    assert page.count("- **history**: The history a\\|b.") == 2
     assert "| slope | undefined |" in page
     assert "| slope | 1.235 |" in page
     # Nothing of a text may break its row.

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from linchain_analysis.controls import intruders, lora_plus, rslora, weight_decay
+from linchain_analysis.controls import intruders, lora_plus, rslora, weight_decay, wide_layers
 from linchain_analysis.controls.built_in_model import adapt_model, draw_batches, prepare_sums, trained_parameters
 from linchain_analysis.measures.theory.initial_factors import draw_first_factor
 from linchain_analysis.training.synthetic.batch import train_chains
@@ -141,10 +141,16 @@ def test_the_first_step_is_read_from_the_tracker() -> None:
 # lora-plus
 
 
-def powers(exponents: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
-    """A table as `measure` makes it, of exact powers of d for features, output and loss."""
+Exponents = dict[str, tuple[float, float, float]]
+
+RIGHT: Exponents = {"ratio": (0.0, 0.0, 0.0), "equal-slow": (0.0, -1.0, 0.3), "equal-fast": (0.5, 0.0, 0.0)}
+
+
+def powers(of_rate: dict[float, Exponents] | None = None) -> pd.DataFrame:
+    """A table as `measure` makes it, of exact powers of d for features, output and loss; `RIGHT` but at these rates."""
     rows = [
         {
+            "rate": rate,
             "rule": rule,
             "dim": dim,
             "seed": seed,
@@ -154,8 +160,9 @@ def powers(exponents: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
             "share_A": 0.4,
             "share_B": 0.4,
         }
-        for rule, (features, output, loss) in exponents.items()
-        for dim in lora_plus.DIMS
+        for rate in wide_layers.RATES
+        for rule, (features, output, loss) in (of_rate or {}).get(rate, RIGHT).items()
+        for dim in wide_layers.DIMS
         for seed in range(4)
     ]
     return pd.DataFrame(rows)
@@ -172,25 +179,25 @@ def valley(*edges: int) -> pd.DataFrame:
             "tuning_loss": 0.1 if ratio <= edge else 0.4,
             "loss": (1 + 0.1 * seed) * (0.1 if ratio <= edge else 0.4),
         }
-        for dim, edge in zip(lora_plus.TUNED_DIMS, edges, strict=True)
-        for ratio in lora_plus.RATIOS
+        for dim, edge in zip(wide_layers.TUNED_DIMS, edges, strict=True)
+        for ratio in wide_layers.RATIOS
         for seed in range(4)
     )
 
 
-RIGHT = {"ratio": (0.0, 0.0, 0.0), "equal-slow": (0.0, -1.0, 0.3), "equal-fast": (0.5, 0.0, 0.0)}
-
-
 def test_lora_plus_passes_on_the_exponents_of_the_theory() -> None:
-    found = lora_plus.judge(powers(RIGHT), valley(16, 64, 256))
+    found = lora_plus.judge(powers(), valley(16, 64, 256))
     assert found.passed
-    assert found.measured["features equal-fast"] == pytest.approx(0.5, abs=1e-12)
-    assert found.measured["loss ratio at the largest width"] == pytest.approx(16**-0.3, rel=1e-12)
+    assert found.measured["features equal-fast, rate 0.1"] == pytest.approx(0.5, abs=1e-12)
+    assert found.measured["loss ratio at the largest width, rate 0.02"] == pytest.approx(128**-0.3, rel=1e-12)
+    assert found.measured["trend of the log ratio, rate 0.05"] == pytest.approx(-0.3, abs=1e-12)
     # From 0.1 at λ to 0.4 at 4 λ the loss has doubled half-way: at 2 λ, which is ∝ d.
     key = "exponent of d in the ratio at which the tuned loss doubles"
     assert found.measured[key] == pytest.approx(1, abs=1e-12)
     assert "λ = 32, 128, 512" in found.statement
+    assert "18 of 18 exponents" in found.statement
     assert set(found.table["panel"]) == {"widths", "tuned"}
+    assert set(found.table["rate"].dropna()) == {0.02, 0.05, 0.1}
 
 
 @pytest.mark.parametrize(
@@ -206,33 +213,56 @@ def test_lora_plus_passes_on_the_exponents_of_the_theory() -> None:
         ("ratio", (0.0, 0.0, float("nan"))),
     ],
 )
-def test_lora_plus_fails_on_others(rule: str, exponents: tuple[float, float, float]) -> None:
-    assert not lora_plus.judge(powers({**RIGHT, rule: exponents}), valley(16, 64, 256)).passed
+@pytest.mark.parametrize("rates", [wide_layers.RATES, *((rate,) for rate in wide_layers.RATES)])
+def test_lora_plus_fails_on_others_at_any_rate(
+    rule: str, exponents: tuple[float, float, float], rates: tuple[float, ...]
+) -> None:
+    wrong = powers({rate: {**RIGHT, rule: exponents} for rate in rates})
+    assert not lora_plus.judge(wrong, valley(16, 64, 256)).passed
+
+
+def test_lora_plus_fails_where_a_rate_a_rule_or_a_width_is_missing() -> None:
+    whole, tuned = powers(), valley(16, 64, 256)
+    for column, value in (("rate", 0.05), ("rule", "equal-fast"), ("rule", "ratio"), ("dim", 8192), ("dim", 64)):
+        assert not lora_plus.judge(whole[whole[column] != value], tuned).passed, (column, value)
+
+
+def test_narrow_widths_take_no_part_in_the_exponents() -> None:
+    table = powers()
+    narrow = ~table["dim"].isin(lora_plus.FIT_DIMS)
+    table.loc[narrow, ["features", "output"]] *= 3.0
+    assert lora_plus.judge(table, valley(16, 64, 256)).passed
+    # In the comparison of losses they do. Without a gain there, log ratios are 0, 0, 0, 0 and −0.3 log(d/64).
+    table.loc[narrow, "loss"] = 0.1
+    widths = np.log2(np.array(wide_layers.DIMS) / 64)
+    logs = np.where(widths < 4, 0, -0.3 * widths)
+    found = lora_plus.judge(table, valley(16, 64, 256)).measured["trend of the log ratio, rate 0.05"]
+    assert found == pytest.approx(np.cov(widths, logs)[0, 1] / np.var(widths, ddof=1), rel=1e-12)
 
 
 def test_the_tuned_comparison_decides_nothing_and_says_where_it_has_no_end() -> None:
     endless = valley(4096, 4096, 4096)
-    found = lora_plus.judge(powers(RIGHT), endless)
+    found = lora_plus.judge(powers(), endless)
     assert found.passed
     assert np.isnan(found.measured["exponent of d in the ratio at which the tuned loss doubles"])
 
 
 def test_a_step_of_the_widths_against_torch() -> None:
-    lora = lora_plus.measure(dims=(64,), seeds=(3,)).set_index("rule")
+    lora = wide_layers.measure(dims=(64,), seeds=(3,), rates=(0.05,)).set_index("rule")
     # All rules are one at the smallest width.
     np.testing.assert_array_equal(lora.loc["ratio"].to_numpy(), lora.loc["equal-fast"].to_numpy())
     np.testing.assert_array_equal(lora.loc["ratio"].to_numpy(), lora.loc["equal-slow"].to_numpy())
-    problem = lora_plus._draw_maps(64, (3,))
+    problem = wide_layers.draw_maps(64, (3,))
     inputs, target = torch.tensor(problem.design[0]), torch.tensor(problem.targets[0])
     a = torch.tensor(draw_first_factor(64, 8, np.random.default_rng([3, 64])), requires_grad=True)
     b = torch.zeros(8, 16, dtype=torch.float64, requires_grad=True)
     start = a.detach().clone()
-    optimizer = torch.optim.Adam([a, b], lr=lora_plus.RATE)
+    optimizer = torch.optim.Adam([a, b], lr=0.05)
     losses, shares = [], []
-    for step in range(lora_plus.NUM_STEPS + 1):
+    for step in range(wide_layers.NUM_STEPS + 1):
         loss = (inputs @ (2 * a @ b - target)).square().sum() / 2 / 32
         losses.append(loss.item())
-        if step == lora_plus.NUM_STEPS:
+        if step == wide_layers.NUM_STEPS:
             break
         before = a.detach().clone(), b.detach().clone()
         optimizer.zero_grad()
@@ -253,9 +283,9 @@ def test_a_step_of_the_widths_against_torch() -> None:
 
 @pytest.mark.parametrize("factor", [0.25, 8.0, 3.0])
 def test_a_ratio_of_rates_is_a_size_of_the_first_factor(factor: float) -> None:
-    problem = lora_plus._draw_maps(12, (0, 1))
-    plain = lora_plus._start(problem, (0, 1), 0.02, 0.05)
-    scaled = lora_plus._start(problem, (0, 1), 0.02 * factor, 0.05 / factor)
+    problem = wide_layers.draw_maps(12, (0, 1))
+    plain = wide_layers.start_chains(problem, (0, 1), 0.02, 0.05)
+    scaled = wide_layers.start_chains(problem, (0, 1), 0.02 * factor, 0.05 / factor)
     scaled = dataclasses.replace(scaled, factors=[factor * scaled.factors[0], scaled.factors[1]])
     adam = OptimizerSettings("adam", epsilon=1e-300)  # as good as none, but for 0/0
     found = [train_chains(problem, stack, adam, 12) for stack in (plain, scaled)]
@@ -265,13 +295,13 @@ def test_a_ratio_of_rates_is_a_size_of_the_first_factor(factor: float) -> None:
 
 
 def test_rates_are_tuned_on_seeds_of_their_own() -> None:
-    assert not set(lora_plus.TUNING_SEEDS) & set(lora_plus.SEEDS)
-    found = lora_plus.measure_tuned(dims=(8,), ratios=(1.0, 4.0), seeds=(0, 1))
-    problem = lora_plus._draw_maps(8, lora_plus.TUNING_SEEDS)
+    assert not set(wide_layers.TUNING_SEEDS) & set(wide_layers.TUNED_SEEDS)
+    found = wide_layers.measure_tuned(dims=(8,), ratios=(1.0, 4.0), seeds=(0, 1))
+    problem = wide_layers.draw_maps(8, wide_layers.TUNING_SEEDS)
     for ratio, part in found.groupby("ratio"):
         losses = {
-            mean: np.exp(np.log(lora_plus._train(problem, lora_plus.TUNING_SEEDS, mean, float(ratio))).mean())
-            for mean in lora_plus.RATE_MEANS
+            mean: np.exp(np.log(wide_layers.train_at(problem, wide_layers.TUNING_SEEDS, mean, float(ratio))).mean())
+            for mean in wide_layers.RATE_MEANS
         }
         assert set(part["rate_mean"]) == {min(losses, key=losses.__getitem__)}
         assert set(part["tuning_loss"]) == {min(losses.values())}

@@ -29,7 +29,13 @@ def make_finding(passed: bool = True, value: float = 1.5) -> Finding:
 
 def make_control(name: str = "fake", **options: object) -> Control:
     return Control(
-        name, "A fake", "It is so.", "Nobody 2020, arXiv 2001.00001", "value > 1", lambda: make_finding(**options)
+        name,
+        "A fake",
+        "It is so.",
+        "Nobody 2020, arXiv 2001.00001",
+        "value > 1",
+        "Nothing was changed after first results.",
+        lambda: make_finding(**options),
     )
 
 
@@ -42,7 +48,7 @@ def test_every_control_says_what_it_must() -> None:
         assert control.name == name
         assert re.search(r"arXiv \d{4}\.\d{4,5}", control.source), name
         assert re.search(r"\d", control.criterion), name
-        for words in (control.claim, control.criterion):
+        for words in (control.claim, control.criterion, control.history):
             assert words.endswith("."), name
             assert "\n" not in words
 
@@ -82,6 +88,7 @@ def test_findings_of_several_calls_stand_together(tmp_path: Path) -> None:
     assert found["one"]["measured"] == {"value": None}
     assert found["one"]["passed"] is False
     assert found["one"]["criterion"] == "value > 1"
+    assert found["one"]["history"] == "Nothing was changed after first results."
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
 
 
