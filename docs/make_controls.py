@@ -1,4 +1,6 @@
-"""Write docs/controls.md from what `python -m linchain_analysis.calibrate` found, figures/controls/findings.json.
+"""Write docs/controls.md from figures/controls/findings.json.
+
+`python -m linchain_analysis.calibrate --out figures/controls` found it.
 
 `python docs/make_controls.py` writes it; with `--check` it is only compared, and exit code 1 says that it is stale.
 """
@@ -27,11 +29,14 @@ what of criterion or settings was changed after results had been seen. Sizes, ra
 were chosen by trying, so that a pass says that the instrument can see the effect, not how general the effect is.
 
 ```
-python -m linchain_analysis.calibrate          # all of them; names for some, --list for their criteria
+python -m linchain_analysis.calibrate                          # all of them, into runs/controls, which git ignores
+python -m linchain_analysis.calibrate rslora lora-plus         # some; --list prints all with their criteria
+python -m linchain_analysis.calibrate --out figures/controls   # renews what this page is made of; then:
 {command}
 ```
 
-{passed} of {total} pass. Seconds are of one run on the machine of the figures.
+{passed} of {total} pass. Together they took {minutes:.1f} minutes on the machine of the figures; the longest,
+{longest}, took {seconds:.0f} seconds.
 """
 
 
@@ -42,7 +47,17 @@ def write_page(found: Mapping[str, Mapping[str, Any]]) -> str:
         found: What `read_findings` returned.
     """
     passed = sum(bool(one["passed"]) for one in found.values())
-    parts = [INTRODUCTION.format(command=COMMAND, passed=passed, total=len(found)), "\n".join(_overview(found)) + "\n"]
+    times = {name: float(one["seconds"]) for name, one in found.items()}
+    longest = max(times, key=times.__getitem__)
+    introduction = INTRODUCTION.format(
+        command=COMMAND,
+        passed=passed,
+        total=len(found),
+        minutes=sum(times.values()) / 60,
+        longest=longest,
+        seconds=times[longest],
+    )
+    parts = [introduction, "\n".join(_overview(found)) + "\n"]
     parts += ["\n".join(_section(name, one)) for name, one in found.items()]
     return "\n".join(parts)
 
@@ -62,6 +77,7 @@ def _section(name: str, one: Mapping[str, Any]) -> Iterator[str]:
     yield f"- **found**: {_escape(one['statement'])}"
     yield f"- **history**: {_escape(one['history'])}\n"
     yield f"![{one['title']}](../figures/controls/{name}/figure.png)\n"
+    yield f"*Figure.* {_escape(one['caption'])}\n"
     yield "| measured | value |"
     yield "| --- | --- |"
     for label, value in one["measured"].items():

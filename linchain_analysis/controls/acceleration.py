@@ -171,7 +171,8 @@ def _draw(table: pd.DataFrame) -> Drawn:
     caption = (
         f"Linear regression ({DIM} inputs whose variances are 1/i, {NUM_SAMPLES} examples) by gradient descent on the "
         "weights (depth 1) and on products of 2 and 3 factors, each problem at its best learning rate. One line per "
-        f"problem ({table['seed'].nunique()} seeds), until it stays below the grey level."
+        f"problem ({table['seed'].nunique()} seeds), until it stays below the grey level, {TOLERANCE:g} of the loss "
+        "of zero weights."
     )
     return Drawn(figure, table, caption, ())
 

@@ -17,7 +17,8 @@ class Finding:
     Attributes:
         passed: Whether it does.
         statement: What was measured, as sentences whose numbers come from `measured` or `table`.
-        measured: The numbers that the criterion judges, by name. NaN where one is undefined, which passes nothing.
+        measured: The numbers that the criterion judges and those that the statement adds, by name. NaN where one is
+            undefined, which passes nothing that is judged.
         table: What is drawn, one row per run or point.
         drawn: The figure.
     """

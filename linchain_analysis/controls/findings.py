@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def describe_finding(control: Control, finding: Finding, seconds: float) -> dict
         "history": control.history,
         "passed": finding.passed,
         "statement": finding.statement,
+        "caption": finding.drawn.caption,
         "measured": {name: value if math.isfinite(value) else None for name, value in finding.measured.items()},
         "seconds": round(seconds, 1),
     }
@@ -66,4 +67,17 @@ def read_findings(folder: Path) -> dict[str, dict[str, Any]]:
         raise InputError(
             str(path), expected="an object with one object for each control", got="another JSON", do="remove the file"
         )
+    return found
+
+
+def recorded_seconds(folders: Sequence[Path]) -> dict[str, float]:
+    """Return how long each control took by name, as the files of `folders` say; of two that know it, the later one.
+
+    Raises:
+        InputError: A file that is there and is none of these.
+    """
+    found: dict[str, float] = {}
+    for folder in folders:
+        if (folder / FILE).exists():
+            found |= {name: float(one["seconds"]) for name, one in read_findings(folder).items() if "seconds" in one}
     return found

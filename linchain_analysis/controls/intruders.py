@@ -179,7 +179,7 @@ def judge(measured: Measured) -> Finding:
     statement = (
         f"Of {num_vectors} leading singular vectors, mean over {counts.shape[1]} seeds, intruders are {told}. The "
         f"audit's bounds {'hold' if inside else 'miss'} the exact number in {'every' if inside else 'some'} "
-        f"weight.{apart}"
+        f"weight.{_tell_bounds(bounds, float(means.drop(index=FULL).mean()))}{apart}"
     )
     drawn = _draw(vectors, each, bounds)
     return Finding(passed, statement, numbers, drawn.table, drawn)
@@ -190,6 +190,21 @@ def _are_inside(exact: pd.Series[Any], bounds: pd.DataFrame) -> bool:
     audited = exact[exact.index.get_level_values("method") != FULL]
     of_each = bounds.reindex(audited.index)
     return bool(((of_each["lower"] <= audited) & (audited <= of_each["upper"])).all())
+
+
+def _tell_bounds(bounds: pd.DataFrame, number: float) -> str:
+    """How wide the bounds are, sums over weights and means over seeds, beside the exact mean `number` under LoRA."""
+    if bounds.empty:
+        return ""
+    sums = bounds.groupby(["method", "seed"], sort=False).sum()
+    means = sums.groupby("method", sort=False).mean()
+    told = [f"{low:.1f} to {high:.1f} of {method}" for method, low, high in means[["lower", "upper"]].itertuples()]
+    width = float((sums["upper"] - sums["lower"]).mean())
+    weak = ", more than that number, so that holding it is a weak test" if width > number else ""
+    return (
+        f" Summed over weights they are {', '.join(told)}; of a mean number of {number:.1f} their mean width is "
+        f"{width:.1f}{weak}."
+    )
 
 
 def _draw(vectors: pd.DataFrame, each: pd.Series[Any], bounds: pd.DataFrame) -> Drawn:
@@ -232,9 +247,10 @@ def _draw(vectors: pd.DataFrame, each: pd.Series[Any], bounds: pd.DataFrame) -> 
         right.set_ylim(bottom=-1)
     caption = (
         f"Intruder dimensions among the first {NUM_VECTORS} singular vectors of every adapted weight of the built-in "
-        f"model, fine-tuned on sums until the training loss is below {LOSS}. Left: against the threshold, thin lines "
-        "are seeds. Right: one mark per seed; lines reach from the lower to the upper bound of the audit, which knows "
-        "64 singular vectors of each pretrained weight."
+        f"model, fine-tuned on sums until the training loss is below {LOSS}. Left: against the threshold; thin lines "
+        f"are seeds, thick ones their mean, and the grey line is at ε = {EPSILON}. Right: exact numbers at that "
+        "threshold, one mark per seed; the vertical line at each reaches from the lower to the upper bound of the "
+        "audit, which knows 64 singular vectors of each pretrained weight. Full fine-tuning has no adapter to audit."
     )
     return Drawn(figure, pd.concat([curves, counts], ignore_index=True), caption, ())
 
@@ -254,15 +270,17 @@ CONTROL = Control(
     criterion=(
         f"At a training loss of {LOSS}, each method at its fastest learning rate, the intruders at ε = {EPSILON} are "
         f"more under LoRA (mean over ranks 1, 4 and 16) than under full fine-tuning in each of {len(SEEDS)} seeds, the "
-        f"mean of full fine-tuning over seeds is at most {SHARE} of LoRA's, and the audit's bounds hold the exact "
-        "number in every weight."
+        f"mean of full fine-tuning over seeds is at most {SHARE} of LoRA's, and the audit's bounds, which are wide "
+        "because it knows only 64 singular vectors of a pretrained weight (upper: those that no known one resembles; "
+        "lower: those that no unknown one can resemble either), hold the exact number in every weight under LoRA."
     ),
     history=(
         "The first criterion, each rank above full fine-tuning in each seed, failed on seeds 1 to 3 (rank 16 had 0 "
         "against 0). It was replaced by the mean over ranks, on the new seeds 4 to 6. That failed too, since rank 1 "
         "of seed 6 did not reach the loss in 600 steps; with 1500 it passes. Rank 16 alone fails in seed 6. At other "
         "learning rates the contrast can reverse: full fine-tuning at 1e-3 had 8 intruders at a loss of 0.44, and "
-        "rank 4 at 1e-3 had 1."
+        "rank 4 at 1e-3 had 1. What the bounds are and that they are wide was put into the words of the criterion "
+        "after results had been seen."
     ),
     run=_run,
 )

@@ -49,7 +49,8 @@ def find_controls(names: Sequence[str]) -> list[Control]:
     known = all_controls()
     for name in names:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
+            # As the source writes it, LoRA+ is nearer to rslora than to lora-plus.
+            close = get_close_matches(name.lower().replace("+", "-plus"), known, n=1)
             do = f"did you mean {close[0]!r}?" if close else "choose one of them"
             raise InputError("control", expected=f"one of {', '.join(known)}", got=repr(name), do=do)
     return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())

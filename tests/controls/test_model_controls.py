@@ -101,6 +101,17 @@ def test_rslora_passes_on_exact_powers_and_draws_them() -> None:
     np.testing.assert_allclose(last["relative"], 4 / 128, rtol=1e-12)
 
 
+def test_rslora_says_what_adam_does() -> None:
+    told = "as the rank grows is stable with α/r (r^0.00) and grows with α/√r (r^0.50)."
+    assert rslora.judge(ranked()).statement.endswith(told)
+    assert "under sgd" in rslora.CONTROL.claim.lower()
+    # α/r to r^-0.2, α/√r to r^0.4: said of whatever was measured.
+    other = rslora.judge(ranked(lambda *at: {"lora": -0.2, "rslora": -0.1}[at[1]] * (at[2] == "first_order_gain")))
+    assert other.statement.endswith("as the rank grows falls with α/r (r^−0.20) and grows with α/√r (r^0.40).")
+    sgd = ranked().query("optimizer == 'sgd'")
+    assert "is unknown with α/r" in rslora.judge(sgd).statement
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -219,6 +230,18 @@ def test_lora_plus_fails_on_others_at_any_rate(
 ) -> None:
     wrong = powers({rate: {**RIGHT, rule: exponents} for rate in rates})
     assert not lora_plus.judge(wrong, valley(16, 64, 256)).passed
+
+
+def test_lora_plus_says_what_features_that_grow_cost() -> None:
+    free = lora_plus.judge(powers(), valley(16, 64, 256))
+    # √128 = 11.3 times the features, and by `RIGHT` the same loss.
+    assert "changes the features 11, 11, 11 times as much as λ = 128" in free.statement
+    assert "leaves 1.00 (1.00 to 1.00), 1.00 (1.00 to 1.00), 1.00 (1.00 to 1.00) times its loss" in free.statement
+    dear = lora_plus.judge(powers({0.05: {**RIGHT, "equal-fast": (0.5, 0.0, 0.1)}}), valley(16, 64, 256))
+    key = "loss ratio equal-fast to ratio, rate "
+    assert dear.measured[f"{key}0.05"] == pytest.approx(128**0.1, rel=1e-12)
+    assert dear.measured[f"{key}0.1"] == pytest.approx(1, rel=1e-12)
+    assert dear.passed  # reported, not judged
 
 
 def test_lora_plus_fails_where_a_rate_a_rule_or_a_width_is_missing() -> None:
@@ -368,6 +391,18 @@ def test_a_rank_that_alone_would_fail_is_named() -> None:
     found = intruders.judge(counted({**NUMBERS, "lora-4": [4, 1, 7]}))
     assert found.passed
     assert "Alone, lora-4 would not" in found.statement
+
+
+def test_how_wide_the_bounds_are_is_said() -> None:
+    # 12 and 4 in the mean, 8 together.
+    narrow = intruders.judge(counted(NUMBERS)).statement
+    assert (
+        "they are 11.0 to 13.0 of lora-1, 3.0 to 5.0 of lora-4; of a mean number of 8.0 their mean width is 2.0."
+        in narrow
+    )
+    wide = intruders.judge(counted(NUMBERS, bound=(-3, 6))).statement
+    assert "their mean width is 9.0, more than that number, so that holding it is a weak test." in wide
+    assert "width" not in intruders.judge(counted({intruders.FULL: [0, 0, 0]})).statement
 
 
 def test_intruders_fail_where_bounds_are_missing() -> None:

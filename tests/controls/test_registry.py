@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from linchain_analysis.controls import Control, Finding, registry
-from linchain_analysis.controls.findings import FILE, add_finding, describe_finding, read_findings
+from linchain_analysis.controls.findings import FILE, add_finding, describe_finding, read_findings, recorded_seconds
 from linchain_analysis.errors import InputError
 from linchain_analysis.plots.drawn import Drawn
 
@@ -60,6 +60,14 @@ def test_controls_are_found_by_name_once_each() -> None:
         registry.find_controls(["edge", "balanc"])
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("lora+", "lora-plus"), ("LoRA+", "lora-plus"), ("loraplus", "lora-plus"), ("rsLoRA", "rslora")]
+)
+def test_the_name_that_the_source_uses_leads_to_the_control(name: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean '{meant}'"):
+        registry.find_controls([name])
+
+
 @pytest.mark.parametrize("wrong", [make_control("Two Words"), make_control("edge"), "no control"])
 def test_a_file_with_another_control_is_refused(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
     real = registry.importlib.import_module
@@ -88,8 +96,20 @@ def test_findings_of_several_calls_stand_together(tmp_path: Path) -> None:
     assert found["one"]["measured"] == {"value": None}
     assert found["one"]["passed"] is False
     assert found["one"]["criterion"] == "value > 1"
+    assert found["one"]["caption"] == "A line."
     assert found["one"]["history"] == "Nothing was changed after first results."
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
+
+
+def test_the_later_folder_knows_better_how_long_a_control_takes(tmp_path: Path) -> None:
+    early, late = tmp_path / "early", tmp_path / "late"
+    for folder in (early, late):
+        folder.mkdir()
+    for folder, name, seconds in ((early, "one", 2.0), (early, "two", 3.0), (late, "two", 5.0)):
+        add_finding(folder, name, describe_finding(make_control(name), make_finding(), seconds))
+    assert recorded_seconds([early, tmp_path / "none", late]) == {"one": 2.0, "two": 5.0}
+    assert recorded_seconds([late, early]) == {"one": 2.0, "two": 3.0}
+    assert recorded_seconds([tmp_path / "none"]) == {}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"one": 1}'])

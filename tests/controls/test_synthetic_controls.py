@@ -106,6 +106,16 @@ def test_edge_is_judged(change: Change, passes: bool) -> None:
     assert edge.judge(change(edge_table())).passed is passes
 
 
+def test_edge_says_what_is_judged() -> None:
+    table = edge_table()
+    assert "not judged" not in edge.judge(table).statement
+    lora = table[table["optimizer"] == "adam"].assign(subject="lora-4", sharpness=0.0)
+    found = edge.judge(pd.concat([table, lora]))
+    assert found.passed
+    assert found.statement.startswith("Judged is a network trained in full, without an adapter.")
+    assert "not judged: lora-4 under Adam at 0.000 (rate 0.1), lora-4 under Adam at 0.000 (rate 0.2)" in found.statement
+
+
 @pytest.mark.parametrize("optimizer", ["gradient_descent", "adam"])
 def test_sharpness_along_a_training_against_torch_and_a_dense_hessian(optimizer: str) -> None:
     rate, num_steps = 0.01, 12
