@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from linchain_analysis import vocabulary
-from linchain_analysis.measures.registry import BUILT_IN, NOISE_COLUMNS, all_measures
+from linchain_analysis.measures.registry import BUILT_IN, MAP_COLUMNS, NOISE_COLUMNS, all_measures
 from linchain_analysis.tracking.presets import PRESETS, select
 from linchain_analysis.vocabulary import columns_of, measured_columns
 
@@ -126,6 +126,13 @@ SETUPS: Mapping[str, tuple[str, str, str, str, str]] = {
         "no part in it",
         "as the script computes it, on the first process",
     ),
+    "map": (
+        "when the step has ended, of ΔW as it is then",
+        "no part in it",
+        "no part in it",
+        "no part in it",
+        "no part in it: synthetic maps are trained in one process",
+    ),
 }
 
 INTRODUCTION = """<!-- Written by `{command}` from linchain_analysis/vocabulary.py and linchain_analysis/measures. -->
@@ -145,13 +152,14 @@ effective preconditioner, η_i for the learning rate of F_i, W_0 for the base we
   columns tell the rows of a table apart.
 - **recorded by**: the cheapest preset of `Tracker` that has the column (`light` ⊂ `standard` ⊂ `full`). *always*: every
   run has it. *by name*: only `Tracker(…, measures=[…])` records it. *on reading*: computed from a stored spectrum when
-  `read` asks for it by name.
+  `read` asks for it by name. *maps*: every run of a synthetic map has it, and no other.
 - **read**: the moment, relative to the optimiser's step.
 - **made of**: what it is computed from; [the next table](#{anchor})
   says what that means under accumulation, clipping, scaling and sharding.
 - **gauge**: whether the column *depends* on the gauge.
 
-Undefined is NaN, never 0. `python -m linchain_analysis.audit --list` prints the measures in a terminal.
+`steps` and `evals` are stored in float64, everything else in float32: what is smaller than about 1e-45 there reads as 0,
+and what is larger than 3e38 as Inf. Undefined is NaN, never 0. `python -m linchain_analysis.audit --list` prints the measures in a terminal.
 """
 
 
@@ -209,6 +217,7 @@ def _levels() -> Mapping[tuple[str, str], str]:
         told = {"named": "by name", "reading": "on reading"}.get(measure.level, measure.level)
         levels.update({(column.table, column.name): told for column in measure.columns})
     levels.update({(column.table, column.name): _first_preset("noise") for column in NOISE_COLUMNS})
+    levels.update({(column.table, column.name): "maps" for column in MAP_COLUMNS})
     for group in ("cosines", "spectra"):
         preset = _first_preset(group)
         levels.update({(table, name): preset for table in ("modules", "factors") for name in BUILT_IN[group]})

@@ -40,8 +40,8 @@ def main(
     level: Annotated[
         float | None,
         typer.Option(
-            help="Level of the loss to which steps are counted in a sweep over learning rates; 0.001 of a relative "
-            "loss if unset, or else one that every method can reach."
+            help="Level of the loss to which steps are counted in a sweep over learning rates; if unset 0.001 of a "
+            "relative loss where some method gets there, else one that every method that learns can reach."
         ),
     ] = None,
     each_rate: Annotated[
@@ -116,6 +116,7 @@ def _draw(
     """Draw and save every comparison, and yield the folder of each figure as it is written."""
     # Here and not above: a wrong option should be refused before matplotlib and pandas are loaded.
     from linchain_analysis.analysis.provenance import describe_origin, describe_runs
+    from linchain_analysis.plots.content import NoValuesError
     from linchain_analysis.plots.gallery import draw_gallery, find_figures
     from linchain_analysis.plots.saving import save_figure
     from linchain_analysis.runs import load_runs
@@ -136,8 +137,13 @@ def _draw(
             if asked is None or _SWEEP in asked:
                 # The overview of a sweep; below `best` stand the figures of its best rates.
                 folder = home if asked is None else home / _SWEEP
-                save_figure(_draw_rates(runs, level), folder, describe_origin(command, describe_runs(runs)), formats)
-                yield folder
+                try:
+                    drawn = _draw_rates(runs, level)
+                except NoValuesError as error:
+                    typer.echo(f"left out: {error}", err=True)
+                else:
+                    save_figure(drawn, folder, describe_origin(command, describe_runs(runs)), formats)
+                    yield folder
             if names == []:
                 continue
             (runs, told), home = _keep_best(runs, level), home / "best"

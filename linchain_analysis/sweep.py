@@ -5,25 +5,21 @@ Fine-tunes on text run in worker processes that stay alive, synthetic maps as st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from linchain_analysis.errors import InputError, LinchainError
+from linchain_analysis.method_names import parse_method
 
 if TYPE_CHECKING:
     from linchain_analysis.training import GridResult
-
-# Two lines a cell, and headings of two lines: eighty columns hold the table.
-_HEADINGS = {"final_loss": "final loss", "accuracy": "accuracy", "final_effective_rank": "final\neffective rank"}
-
+    from linchain_analysis.training.synthetic import OptimizerSettings
 
 _TEXT_PANEL, _MAP_PANEL = "Text problems", "Synthetic maps"
 _TEXT: dict[str, Any] = {"rich_help_panel": _TEXT_PANEL}
@@ -39,7 +35,8 @@ def main(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of runs; what is complete there is not trained again.")],
     methods: Annotated[
-        str | None, typer.Option(help="Methods, separated by commas; a map has some of its own if unset.")
+        str | None,
+        typer.Option(help="Methods, separated by commas; a map has some of its own if unset, of r = min(8, d)."),
     ] = None,
     problem: Annotated[
         str | None, typer.Option(help="Text: sums, which is meant if no --data is given. Synthetic map: " + _MAP_LIST)
@@ -48,7 +45,8 @@ def main(
         str | None,
         typer.Option(
             help="Learning rates, separated by commas; the problem's own if unset. A map's are 2^-14 … 2^-1 with Adam, "
-            "2^-7 … 2^4 with gd and momentum."
+            "2^-7 … 2^4 with gd and momentum, 2^-3 … 2^8 with these and a quartic loss. In the table of a map a * "
+            "marks a best rate at an edge of them, outside which a better one may lie."
         ),
     ] = None,
     seeds: Annotated[
@@ -80,9 +78,22 @@ def main(
     demo: Annotated[
         bool, typer.Option(help="Compare the methods of the paper: stands for --methods.", **_TEXT)
     ] = False,
+    measures: Annotated[
+        str | None,
+        typer.Option(help="Measures to record beside --preset, by name, separated by commas: sgd_identity, …", **_MAP),
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="gd, momentum, adam or adamw.", **_MAP)] = "adam",
+    weight_decay: Annotated[float | None, typer.Option(help="Of adamw; 0.01 if unset.", **_MAP)] = None,
     dim: Annotated[int, typer.Option(help="Size of inputs and outputs.", **_MAP)] = 64,
     target_rank: Annotated[int, typer.Option(help="Rank of the target.", **_MAP)] = 8,
+    spectrum: Annotated[
+        str | None,
+        typer.Option(
+            help="Singular values of the target of the problem spectrum, separated by commas; as many ones as its rank "
+            "if unset.",
+            **_MAP,
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Training inputs; the expectation over all if unset.", **_MAP)
     ] = None,
@@ -109,18 +120,20 @@ def main(
         rates = [] if learning_rates is None else _split(learning_rates, "--learning-rates")
         axes: dict[str, Any] = {
             "seeds": range(seeds or (_MAP_SEEDS if is_map else _TEXT_SEEDS)),
-            "learning_rates": [_read_rate(rate) for rate in rates],
+            "learning_rates": [_read_number(rate, "--learning-rates") for rate in rates],
         }
         recorded: dict[str, Any] = {"preset": preset, "every": int(every) if every.isdigit() else every}
         result: GridResult
         if is_map:
             from linchain_analysis.problems.synthetic import MapSetting
-            from linchain_analysis.training.synthetic import DEFAULT_METHODS, MapGrid, OptimizerSettings, run_map_grid
+            from linchain_analysis.training.synthetic import DEFAULT_METHODS, MapGrid, run_map_grid
 
+            sigma = None if spectrum is None else _split(spectrum, "--spectrum")
             setting = MapSetting(
                 str(problem),
                 dim=dim,
                 target_rank=target_rank,
+                spectrum=None if sigma is None else tuple(_read_number(value, "--spectrum") for value in sigma),
                 num_samples=samples,
                 batch_size=batch_size,
                 label_noise=label_noise,
@@ -131,12 +144,14 @@ def main(
             map_grid = MapGrid(
                 setting,
                 DEFAULT_METHODS if methods is None else _split(methods, "--methods"),
-                optimizer=OptimizerSettings(cast("Any", optimizer)),
+                optimizer=_choose_optimizer(optimizer, weight_decay),
                 num_steps=800 if steps is None else steps,
                 scale=_read_scale(scale),
+                measures=[] if measures is None else _split(measures, "--measures"),
                 **axes,
                 **recorded,
             )
+            _tell_wide(map_grid.methods, setting.shape)
             result = run_map_grid(map_grid, out, num_threads=workers)
         else:
             shared: dict[str, Any] = {
@@ -160,7 +175,11 @@ def main(
             whole = f" (the whole of it: {failure.log})" if failure.log else ""
             typer.echo(f"failed: {failure.name}: {failure.error}{whole}", err=True)
         if result.complete:
-            for part in _tabulate_maps(result.complete) if is_map else [_tabulate(result.complete)]:
+            from linchain_analysis.analysis.tables import tabulate_maps, tabulate_text
+            from linchain_analysis.runs import load_runs
+
+            runs = load_runs(result.complete)
+            for part in tabulate_maps(runs) if is_map else [tabulate_text(runs)]:
                 Console().print(part)
     except LinchainError as error:
         typer.echo(f"Error: {error}", err=True)
@@ -168,7 +187,8 @@ def main(
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"{len(result.complete)} complete runs ({result.num_skipped} of them from before) in {out}")
+    num_runs = f"{len(result.complete)} complete run{'' if len(result.complete) == 1 else 's'}"
+    typer.echo(f"{num_runs} ({result.num_skipped} of them from before) in {out}")
     if result.failed:
         raise typer.Exit(1)
 
@@ -211,6 +231,30 @@ def _refuse_foreign(context: typer.Context, problem: str | None, *, is_map: bool
             )
 
 
+def _choose_optimizer(name: str, weight_decay: float | None) -> OptimizerSettings:
+    from linchain_analysis.training.synthetic import OptimizerSettings
+
+    settings = OptimizerSettings(cast("Any", name))
+    if weight_decay is None:
+        return settings
+    if name != "adamw":
+        raise InputError(
+            "--weight-decay",
+            expected=f"none with the optimiser {name}, which has no weight decay",
+            got=f"{weight_decay:g}",
+            do="choose --optimizer adamw, or leave it out",
+        )
+    return replace(settings, weight_decay=weight_decay)
+
+
+def _tell_wide(methods: Sequence[str], shape: tuple[int, int]) -> None:
+    """Say which adapters have more directions than a map has: depth costs less there, and r stands for less."""
+    wide = [method for method in methods if parse_method(method).rank > min(shape)]
+    if wide:
+        size = f"{shape[0]} × {shape[1]}"
+        typer.echo(f"note: adapters wider than the map of {size}: {', '.join(wide)} (r > {min(shape)})", err=True)
+
+
 def _read_scale(text: str) -> float | None:
     if text == "alpha":
         return None
@@ -229,61 +273,11 @@ def _split(text: str | None, option: str) -> list[str]:
     return parts
 
 
-def _read_rate(text: str) -> float:
+def _read_number(text: str, option: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError("--learning-rates", expected="numbers", got=repr(text), do="write 0.001 or 1e-3") from error
-
-
-def _tabulate(folders: Sequence[Path]) -> Table:
-    """Return the comparison of methods: of each measure the mean over seeds and its 95 % interval."""
-    from linchain_analysis.analysis.summary import summarise_methods
-    from linchain_analysis.runs import load_runs
-
-    summary = summarise_methods(load_runs(folders))
-    table = Table(title="mean and 95 % interval over seeds", box=SIMPLE_HEAD, leading=1, padding=0, pad_edge=False)
-    for heading in ("method", "learning\nrate", "seeds", *_HEADINGS.values()):
-        table.add_column(heading, no_wrap=True)
-    for (method, rate), rows in summary.groupby(["method", "base_learning_rate"], sort=False):
-        values = zip(rows["measure"], rows["mean"], rows["low"], rows["high"], strict=True)
-        cells = {measure: _tell_interval(mean, low, high) for measure, mean, low, high in values}
-        seeds = str(rows["num_seeds"].max())
-        table.add_row(str(method), f"{rate:g}", seeds, *(cells.get(measure, "") for measure in _HEADINGS))
-    return table
-
-
-def _tabulate_maps(folders: Sequence[Path]) -> list[Table | str]:
-    """Return each method at its best learning rate, and by what rule that was chosen."""
-    from linchain_analysis.analysis.learning_rates import RELATIVE_LEVEL, RULE, tune
-    from linchain_analysis.runs import load_runs
-
-    best = tune(load_runs(folders), RELATIVE_LEVEL, "relative_loss")
-    table = Table(title="each method at its best learning rate", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    level = f"{RELATIVE_LEVEL:g}"
-    for heading in ("method", "learning rate", "seeds", "final relative loss", f"reached {level}", "at step"):
-        table.add_column(heading, no_wrap=True)
-    for row in best.to_dict("records"):
-        table.add_row(
-            str(row["method"]),
-            f"{row['base_learning_rate']:.4g}" + ("*" if row["edge"] in ("smallest", "largest") else ""),
-            str(row["num_seeds"]) + (f" ({row['num_diverged']} not finite)" if row["num_diverged"] else ""),
-            f"{row['final_loss']:.3g}" if math.isfinite(row["final_loss"]) else "not finite",
-            f"{row['num_reached'] / row['num_seeds']:.0%}",
-            f"{row['median']:g}" if math.isfinite(row["median"]) else "",
-        )
-    notes = (
-        f"Medians over seeds; of a run that did not reach {level} as if it did so at infinity. The best rate is {RULE}."
-        " It was chosen on the seeds that are shown, which flatters every method."
-    )
-    if best["edge"].isin(["smallest", "largest"]).any():
-        notes += " *: the smallest or largest that was tried, so a better one may lie outside."
-    return [table, notes]
-
-
-def _tell_interval(mean: float, low: float, high: float) -> str:
-    # One seed, or a run that diverged, leaves no interval.
-    return f"{mean:.3g}" if math.isnan(low) else f"{mean:.3g}\n{low:.3g} … {high:.3g}"
+        raise InputError(option, expected="numbers", got=repr(text), do="write 0.001 or 1e-3") from error
 
 
 if __name__ == "__main__":

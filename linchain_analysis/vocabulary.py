@@ -5,6 +5,9 @@ delta = ΔW (d_in, d_out) is the change of the effective weight since training b
 descending; g_i = ∂L/∂F_i (F_i's shape) is the gradient of the whole step (after accumulation, unscaled, before
 clipping); dF_i is F_i after the step minus F_i before it.
 
+A loss in nats is a mean negative log-likelihood. Of runs whose loss has another unit (`loss_unit` in the `extra` of
+their manifest; `1` for synthetic maps) that one stands for nats, in columns of gradients as well.
+
 The gauge is the freedom W_i → W_i M, W_{i+1} → M⁻¹ W_{i+1}, which leaves delta as it is. A column that depends on
 the gauge describes this parametrisation and not the function; figures say so.
 """
@@ -12,7 +15,7 @@ the gauge describes this parametrisation and not the function; figures say so.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Table = Literal["steps", "modules", "factors", "links", "evals"]
@@ -32,6 +35,7 @@ Basis = Literal[
     "trainer",
     "clock",
     "evaluation",
+    "map",
 ]
 
 
@@ -66,6 +70,10 @@ class Column:
     source: str = ""
     basis: Basis = "factors"
 
+
+NATS = (
+    "nats"  # unit of a loss, and of what is made of it, unless the extra `loss_unit` of a run's manifest says another
+)
 
 _ROY = "Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality, EUSIPCO"
 _RUDELSON = "Rudelson & Vershynin 2007, Sampling from large matrices, J. ACM 54(4)"
@@ -331,7 +339,8 @@ COLUMNS: tuple[Column, ...] = (
         "metric",
         "text",
         "",
-        "what was measured on it: `loss`, `accuracy`, …",
+        "what was measured on it: `loss`, `accuracy`, …; on the split `population` of a synthetic map `relative_loss` and "
+        "`population_excess_loss`, which is ½E‖x(ΔW − T)‖² minus the smallest that any ΔW of the chain's rank can have",
         "at the evaluation",
         key=True,
     ),
@@ -345,17 +354,32 @@ def columns_of(table: str) -> tuple[Column, ...]:
 
 
 def measured_columns(table: str) -> tuple[Column, ...]:
-    """Return the columns that measures add to `table` where a run asked for them, or that are computed on demand.
+    """Return the columns of `table` that not every run has: those of measures, noise scales and synthetic maps.
 
-    Each is defined beside the function that computes it, in `linchain_analysis.measures`, which is looked through when
-    this is first called.
+    Those of measures stand where a run asked for them, or are computed on demand. Each is defined beside the function
+    that computes it, in `linchain_analysis.measures`, which is looked through when this is first called.
     """
     registry = importlib.import_module("linchain_analysis.measures.registry")
     found: tuple[Column, ...] = registry.measure_columns(table)
     return found
 
 
-def define_column(table: str, name: str) -> Column | None:
-    """Return the definition of column `name` of `table`, or None where the user named it (`log(name=…)`)."""
+def define_column(table: str, name: str, loss_unit: str = NATS) -> Column | None:
+    """Return the definition of column `name` of `table`, or None where the user named it (`log(name=…)`).
+
+    Args:
+        table: The table.
+        name: Of the column.
+        loss_unit: Unit of the loss, where runs say another one.
+    """
     fixed = next((column for column in columns_of(table) if column.name == name), None)
-    return fixed or next((column for column in measured_columns(table) if column.name == name), None)
+    found = fixed or next((column for column in measured_columns(table) if column.name == name), None)
+    return None if found is None else with_loss_unit(found, loss_unit)
+
+
+def with_loss_unit(column: Column, loss_unit: str) -> Column:
+    """Return `column` as it is for runs whose loss has another unit than nats, `1` for a pure number."""
+    if loss_unit == NATS or NATS not in column.unit:
+        return column
+    unit = column.unit.replace(f"{NATS}²", NATS) if loss_unit == "1" else column.unit  # 1² is 1
+    return replace(column, unit=unit.replace(NATS, loss_unit))

@@ -21,7 +21,9 @@ FACTORS = {
 
 
 class FrameRuns:
-    """What `load_runs` returns, over frames instead of folders."""
+    """What `load_runs` returns, over frames instead of folders, and so without manifests."""
+
+    runs: tuple[Any, ...] = ()
 
     def __init__(self, **tables: pd.DataFrame) -> None:
         self.tables = tables

@@ -36,3 +36,21 @@ def test_names_of_users_have_no_definition() -> None:
     assert define_column("steps", "loss") is not None
     assert define_column("steps", "my_reward") is None
     assert columns_of("nothing") == ()
+
+
+def test_units_follow_that_of_the_loss() -> None:
+    expected = {
+        ("steps", "loss"): ("nats", "1", "K"),
+        ("factors", "grad_norm"): ("nats/weight", "1/weight", "K/weight"),
+        ("steps", "noise_trace"): ("nats²/weight²", "1/weight²", "K²/weight²"),
+        ("modules", "effective_rank"): ("directions",) * 3,
+    }
+    for key, units in expected.items():
+        found = [define_column(*key, unit) for unit in ("nats", "1", "K")]
+        assert tuple(column.unit for column in found if column is not None) == units
+
+
+def test_losses_of_maps_are_defined() -> None:
+    for name in ("relative_loss", "excess_loss"):
+        column = define_column("steps", name)
+        assert column is not None and (column.unit, column.moment, column.basis) == ("1", "after the step", "map")

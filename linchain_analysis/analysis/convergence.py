@@ -21,7 +21,7 @@ from linchain_analysis.errors import InputError
 if TYPE_CHECKING:
     from linchain_analysis.runs import RunSet
 
-RELATIVE_LOSS = "relative_loss"
+RELATIVE_LOSS, EXCESS_LOSS = "relative_loss", "excess_loss"
 
 
 def read_losses(runs: RunSet, column: str | None = None) -> tuple[pd.DataFrame, str]:
@@ -29,15 +29,19 @@ def read_losses(runs: RunSet, column: str | None = None) -> tuple[pd.DataFrame, 
 
     Args:
         runs: The runs.
-        column: Column of `steps`; `relative_loss` where every run logged it, else `loss`, if unset. `loss` is read
-            before the step and `relative_loss` after it, so that the first arrives one step later.
+        column: Column of `steps`; if unset `relative_loss` where every run logged it, `excess_loss` where that is
+            undefined in all of them (of the target 0, to which nothing is relative), else `loss`. `loss` is read
+            before the step and the others after it, so that it arrives one step later.
     """
-    for name in [RELATIVE_LOSS, "loss"] if column is None else [column]:
+    choices = [RELATIVE_LOSS, EXCESS_LOSS, "loss"] if column is None else [column]
+    for name in choices:
         try:
             frame = runs.read("steps", columns=["step", name])
         except (InputError, KeyError):
-            if name == (column or "loss"):
+            if name == choices[-1]:
                 raise
+            continue
+        if name != choices[-1] and frame[name].isna().all():
             continue
         return frame.sort_values(["run", "step"], ignore_index=True), name
     raise AssertionError("the last name either returns or raises")

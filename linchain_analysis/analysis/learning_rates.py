@@ -20,18 +20,17 @@ from linchain_analysis.analysis.convergence import (
     sort_conditions,
     summarise_convergence,
 )
+from linchain_analysis.analysis.levels import choose_level, choose_loss_window
 from linchain_analysis.analysis.replication import CONDITION, RUN_COLUMNS, check_replicates, complete_labels
-from linchain_analysis.analysis.trajectories import choose_window
 from linchain_analysis.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_analysis.runs import RunSet
 
 FEWEST_RATES = 4  # of a method, for its runs to be a sweep over rates
-RELATIVE_LEVEL = 1e-3
 RULE = (
-    "the rate at which most seeds reach the level, among these the one with the fewest steps in the median, then with "
-    "the lowest median of the final loss, then the smaller"
+    "the rate, of those run with the most seeds, at which most seeds reach the level, among these the one with the "
+    "fewest steps in the median, then with the lowest median of the final loss, then the smaller"
 )
 
 
@@ -115,6 +114,9 @@ def best_losses_at(losses: pd.DataFrame, column: str, step: int) -> pd.DataFrame
 def choose_rates(rates: pd.DataFrame, reported: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the chosen rate of each method, by `RULE`.
 
+    A rate that was run with fewer seeds of the method than another, as after a sweep that broke off, is left out of
+    its grid: all of one seed is no better than most of ten.
+
     Args:
         rates: What `measure_rates` returned, of the seeds to choose on.
         reported: The same of the seeds to report; those of `rates` if unset.
@@ -129,18 +131,30 @@ def choose_rates(rates: pd.DataFrame, reported: pd.DataFrame | None = None) -> p
           half of the seeds reach the level at every rate of the grid, and log2 of their ratio: the window is at least
           that wide, and less than a spacing of the grid wider at either side. NaN where no rate does;
         - `window_open`: whether the window reaches an edge of the grid, and so may go on outside it.
+
+        `num_seeds` is that of the reported row, which is of all rates that competed if nothing else is reported.
+
+    Raises:
+        InputError: `reported` has no run of a method at its chosen rate.
     """
     reported = rates if reported is None else reported
     parts = []
     for (problem, method), own in rates.groupby(["problem", "method"], sort=False, observed=True):
-        own = own.assign(share=own["num_reached"] / own["num_seeds"])
+        own = own[own["num_seeds"] == own["num_seeds"].max()]
         ordered = own.sort_values(
-            ["share", "median", "final_loss", "base_learning_rate"], ascending=[False, True, True, True]
+            ["num_reached", "median", "final_loss", "base_learning_rate"], ascending=[False, True, True, True]
         )
         chosen = ordered.iloc[0]
-        tied = (own["share"] == chosen["share"]) & (own["median"] == chosen["median"])
+        tied = (own["num_reached"] == chosen["num_reached"]) & (own["median"] == chosen["median"])
         same = (reported["problem"] == problem) & (reported["method"] == method)
         row = reported[same & _is_rate(reported, chosen["base_learning_rate"])]
+        if row.empty:
+            raise InputError(
+                "seeds to report",
+                expected=f"a run of {method} at its chosen rate, {chosen['base_learning_rate']:g}, on {problem}",
+                got="none",
+                do="run it with these seeds as well, or choose on others",
+            )
         parts.append(
             row.assign(
                 num_tied=int(tied.sum()) - 1,
@@ -194,29 +208,6 @@ def choose_common_rate(rates: pd.DataFrame) -> float:
     with np.errstate(divide="ignore"):
         table = pd.DataFrame({"steps": np.log(steps).mean(axis=1).fillna(0.0), "final": np.log(final).mean(axis=1)})
     return float(table.rename_axis("rate").reset_index().sort_values(["steps", "final", "rate"])["rate"].iloc[0])
-
-
-def choose_level(losses: pd.DataFrame, column: str, window: int = 1) -> float:
-    """Return a level of the loss to count steps to.
-
-    1e-3 of a relative loss, where at some rate half of some method's seeds end below it. Otherwise the lowest level
-    that half of the seeds of every method end below at some rate: what the slowest method can still reach.
-    """
-    best = losses_at(losses, column, None, window).groupby("method")["median"].min()
-    if column == "relative_loss" and best.min() <= RELATIVE_LEVEL:
-        return RELATIVE_LEVEL
-    finite = best[np.isfinite(best)]
-    if finite.empty:
-        raise InputError(
-            "level", expected="a method of which half of the runs stay finite", got="none", do="run smaller rates"
-        )
-    return float(finite.max())
-
-
-def choose_loss_window(losses: pd.DataFrame, column: str) -> int:
-    """Return over how many steps a loss is averaged: 1 for the exact relative loss, else as figures smooth it."""
-    num_steps = int(losses.groupby("run", observed=True).size().max()) if len(losses) else 1
-    return 1 if column == "relative_loss" else choose_window(num_steps)
 
 
 def tune(

@@ -16,6 +16,7 @@ exchange of the two coordinates, for which J S(k)ᵀ J = S(k) and J R(θ)ᵀ J =
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,10 +25,10 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from linchain_analysis.errors import InputError
+from linchain_analysis.measures.cores import norm, ratio
 
 Floats = NDArray[np.float64]
 Order = Literal["shear-rotation", "rotation-shear"]
-_MOST_SHIFTS = 50
 COORDINATES = ["angle", "shear", "first_scale", "second_scale"]
 
 
@@ -70,8 +71,9 @@ def locate(matrices: ArrayLike, order: Order = "shear-rotation") -> PlaneCoordin
         first, second = first / size[..., None], second / size[..., None]
         square = (first * first).sum(axis=-1)
         length = np.sqrt(square)
+        angle = np.arctan2(first[..., 1], first[..., 0])
         found = (
-            np.arctan2(first[..., 1], first[..., 0]),
+            np.where(angle == -np.pi, np.pi, angle),  # of (−1, −0.0), and of what rounds to it
             (first * second).sum(axis=-1) / square,
             size * length,
             size * ((first[..., 0] * second[..., 1] - first[..., 1] * second[..., 0]) / length),
@@ -93,7 +95,7 @@ def smallest_losses(target: ArrayLike, angle: ArrayLike, shear: ArrayLike, order
     """Return the smallest ½‖M − T‖² over all M at given points of the plane, that is over both scales.
 
     With C = T R(θ)ᵀ, M − T has the norm of S(k) D − C = [[a − c₀₀, −c₀₁], [k a − c₁₀, b − c₁₁]]. So b = c₁₁, and
-    a = max(0, c₀₀ + k c₁₀) / (1 + k²) (where that is 0 it is an infimum).
+    a = max(0, c₀₀ + k c₁₀) / (1 + k²) (where that is 0 it is an infimum). NaN where k is not finite.
 
     Args:
         target: T, (2, 2).
@@ -106,7 +108,9 @@ def smallest_losses(target: ArrayLike, angle: ArrayLike, shear: ArrayLike, order
     cos, sin = np.cos(angle), np.sin(angle)
     c00, c10 = (rows[i, 0] * cos + rows[i, 1] * sin for i in (0, 1))
     c01 = rows[0, 1] * cos - rows[0, 0] * sin
-    a = np.maximum(0.0, c00 + k * c10) / (1 + k**2)
+    with np.errstate(invalid="ignore"):
+        length = np.hypot(1.0, k)  # k² itself overflows from 1e154 on
+        a = np.maximum(0.0, c00 / length + k / length * c10) / length
     # As a sum of squares, so that a loss of 0 is not the difference of large numbers.
     return np.asarray((c01**2 + (a - c00) ** 2 + (k * a - c10) ** 2) / 2)
 
@@ -129,14 +133,16 @@ def follow(
 
     Returns:
         `labels`, `step`, `angle` (in degrees, continued beyond ±180° instead of leaping), `shear`, `first_scale`,
-        `second_scale` and `relative_loss` (‖ΔW − T‖² / ‖T‖²), one row for every run and step at which ΔW lies in the
-        plane.
+        `second_scale` and `relative_loss` (‖ΔW − T‖² / ‖T‖², NaN where T = 0), one row for every run and step at
+        which ΔW lies in the plane.
     """
     found = locate(deltas, order)
     truth = _require_square(target)
-    error = deltas - truth
     with np.errstate(over="ignore", invalid="ignore"):
-        relative = np.einsum("ksij,ksij->ks", error, error) / (truth**2).sum()
+        relative = ratio(norm(deltas - truth), norm(truth)) ** 2
+    if not len(deltas):
+        measured = {name: np.zeros(0) for name in (*COORDINATES, "relative_loss")}
+        return labels.iloc[:0].assign(step=np.zeros(0, dtype=int), **measured)
     parts = []
     for k in range(len(deltas)):
         known = np.isfinite(found.angle[k])
@@ -183,6 +189,9 @@ def describe_factors(factors: dict[str, NDArray[np.float64]], labels: pd.DataFra
     Returns:
         `labels factor angle shear first_scale second_scale rotation_share shear_share`, the angle in degrees.
     """
+    if not factors:
+        measured = {name: np.zeros(0) for name in (*COORDINATES, "rotation_share", "shear_share")}
+        return labels.iloc[:0].assign(factor=np.zeros(0, dtype=str), **measured)
     parts = []
     for name, matrices in factors.items():
         found = locate(matrices)
@@ -205,43 +214,80 @@ def count_kinds(described: pd.DataFrame, least: float = 0.95) -> pd.DataFrame:
     """Return in how many runs each factor is a rotation, and in how many a shear, up to scale.
 
     Args:
-        described: What `describe_factors` returned.
+        described: What `describe_factors` returned. A factor that a run lacks is neither in that run.
         least: Share from which a factor counts as one.
 
     Returns:
         One row per factor: `factor num_runs rotations shears`, the last two as shares of the runs (1 − least for
         matrices of independent normal entries). Then a row `apart`, with both the share of runs in which one factor is
-        a rotation and another one a shear, and a row `apart by chance`, the same with each factor taken from another
-        run: what factors that know nothing of each other have, NaN with a single run.
+        a rotation and another one a shear, and a row `apart by chance`, the same over all ways to take each factor from
+        another run: what factors that know nothing of each other have. NaN without runs, and by chance with a single
+        one or with fewer runs than there are factors of either kind.
     """
-    work = described.assign(rotation=described["rotation_share"] >= least, shear=described["shear_share"] >= least)
+    shares = {"rotations": "rotation_share", "shears": "shear_share"}
     rows: list[dict[str, Any]] = [
-        {"factor": name, "num_runs": len(own), "rotations": own["rotation"].mean(), "shears": own["shear"].mean()}
-        for name, own in work.groupby("factor", sort=False)
+        {"factor": name, "num_runs": len(own), **{kind: (own[share] >= least).mean() for kind, share in shares.items()}}
+        for name, own in described.groupby("factor", sort=False)
     ]
+    # NaN, of a missing factor or of a zero one, is not at least anything.
     turned, sheared = (
-        work.pivot(index="run", columns="factor", values=kind).to_numpy(dtype=bool) for kind in ("rotation", "shear")
+        described.pivot(index="run", columns="factor", values=share).to_numpy(dtype=np.float64) >= least
+        for share in shares.values()
     )
-    count = len(turned)
-    shuffled = [_share_apart(_shift(turned, by), _shift(sheared, by)) for by in range(1, min(count, _MOST_SHIFTS))]
     for name, share in (
         ("apart", _share_apart(turned, sheared)),
-        ("apart by chance", float(np.mean(shuffled)) if shuffled else float("nan")),
+        ("apart by chance", _share_apart_by_chance(turned, sheared)),
     ):
-        rows.append({"factor": name, "num_runs": count, "rotations": share, "shears": share})
+        rows.append({"factor": name, "num_runs": len(turned), "rotations": share, "shears": share})
     return pd.DataFrame(rows)
 
 
 def _share_apart(turned: NDArray[np.bool_], sheared: NDArray[np.bool_]) -> float:
     """Share of rows (runs, factors) in which one factor is turned and another one sheared."""
+    if not len(turned):
+        return float("nan")
     pairs = turned[:, :, None] & sheared[:, None, :]
     pairs &= ~np.eye(turned.shape[1], dtype=bool)
     return float(pairs.any(axis=(1, 2)).mean())
 
 
-def _shift(kinds: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Take factor i from the run `i * by` further on, so that no two factors of a row are of one run."""
-    return np.stack([np.roll(kinds[:, i], -i * by) for i in range(kinds.shape[1])], axis=1)
+def _share_apart_by_chance(turned: NDArray[np.bool_], sheared: NDArray[np.bool_]) -> float:
+    """Mean of `_share_apart` over all ways to take every factor of a row from a run of its own.
+
+    A row is not apart where no factor is turned, or none sheared, or one factor alone is either and is both; each of
+    these asks something of every factor by itself. For one turned and one sheared factor, t and s over n runs, what is
+    left is (Σt Σs − Σts) / (n (n − 1)).
+    """
+    either = (turned | sheared).any(axis=0)  # other factors change nothing, from whichever run they are
+    turned, sheared = turned[:, either].T, sheared[:, either].T
+    num_factors, num_runs = turned.shape
+    if num_runs < max(2, num_factors):
+        return float("nan")
+    neither = ~turned & ~sheared
+    alone = np.repeat(neither[None], num_factors, axis=0)
+    for i in range(num_factors):
+        alone[i, i] = turned[i] & sheared[i]
+    ways = _count_ways(np.concatenate([np.stack([~turned, ~sheared, neither]), alone]))
+    return 1 - float(ways[0] + ways[1] - ways[2] + ways[3:].sum()) / math.perm(num_runs, num_factors)
+
+
+def _count_ways(allowed: NDArray[np.bool_]) -> Floats:
+    """Return in how many ways all factors can be given different runs that they allow: the permanent of each matrix.
+
+    Args:
+        allowed: Stack of tables, (…, factors, runs).
+    """
+    num_factors, num_runs = allowed.shape[-2:]
+    # By the set of factors that have a run already, as bits of its place.
+    ways = np.zeros((*allowed.shape[:-2], 1 << num_factors))
+    ways[..., 0] = 1
+    sets = np.arange(1 << num_factors)
+    for run in range(num_runs):
+        before = ways.copy()
+        for i in range(num_factors):
+            without = sets[sets >> i & 1 == 0]
+            ways[..., without | 1 << i] += before[..., without] * allowed[..., i, run, None]
+    return np.asarray(ways[..., -1])
 
 
 def _require_square(matrices: ArrayLike) -> Floats:

@@ -30,7 +30,7 @@ CUT = ", cut to the range of the measure"
 def summarise_methods(runs: RunSet) -> pd.DataFrame:
     """Return mean and 95 % t interval over seeds of each measure, for each method.
 
-    - `final_loss`: mean training loss of a run's last tenth of steps (at least one), in nats.
+    - `final_loss`: mean training loss of a run's last tenth of steps (at least one), in the unit of its loss.
     - `accuracy`: of the last evaluation after training began, in 0 … 1; on `test` where there is such a split, else on
       `eval`, else on the first by name.
     - `final_effective_rank`: mean over modules at the last recorded step; modules with delta = 0 have no rank and

@@ -219,10 +219,11 @@ def norm(matrix: Array) -> Array:
 
 
 def ratio(top: Array, bottom: Array) -> Array:
-    """top / bottom, NaN where bottom is 0 or either is not finite."""
+    """top / bottom, NaN where bottom is 0 or either is not finite, Inf where the quotient is too large a number."""
     top, bottom = np.broadcast_arrays(np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64))
     usable = np.isfinite(top) & np.isfinite(bottom) & (bottom != 0)
-    return np.asarray(np.divide(top, bottom, out=np.full(top.shape, np.nan), where=usable))
+    with np.errstate(over="ignore"):
+        return np.asarray(np.divide(top, bottom, out=np.full(top.shape, np.nan), where=usable))
 
 
 def cosine(a: Array, b: Array) -> Array:

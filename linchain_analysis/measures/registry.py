@@ -81,6 +81,30 @@ NOISE_COLUMNS = (
     ),
 )
 
+# What a synthetic map, whose smallest loss is known, says of every step beside the loss.
+MAP_COLUMNS = (
+    Column(
+        "steps",
+        "relative_loss",
+        "float",
+        "1",
+        "of a synthetic map with the target T: ½E‖x(ΔW − T)‖² over new inputs x, without noise, divided by ½E‖xT‖², "
+        "which it is for ΔW = 0; NaN for T = 0",
+        "after the step",
+        basis="map",
+    ),
+    Column(
+        "steps",
+        "excess_loss",
+        "float",
+        "1",
+        "of a synthetic map: training loss (its expectation where every step draws fresh inputs) minus the smallest "
+        "that any ΔW of the chain's rank can have; NaN where that is not known, as for most losses of missing entries",
+        "after the step",
+        basis="map",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -254,6 +278,8 @@ def check_values(measure: Measure, name: str, values: object, table: str, cores:
 
 
 def measure_columns(table: Table | None = None) -> tuple[Column, ...]:
-    """Return the columns that measures fill in, of `table` or of all."""
+    """Return the columns that measures, and runs of synthetic maps, fill in, of `table` or of all."""
     columns = [column for found in all_measures().values() for column in found.columns]
-    return tuple(column for column in [*columns, *NOISE_COLUMNS] if table is None or column.table == table)
+    return tuple(
+        column for column in [*columns, *NOISE_COLUMNS, *MAP_COLUMNS] if table is None or column.table == table
+    )

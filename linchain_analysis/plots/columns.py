@@ -8,8 +8,19 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
+from linchain_analysis.analysis.sources import find_measure_of
+from linchain_analysis.analysis.units import find_loss_unit
 from linchain_analysis.errors import InputError
-from linchain_analysis.vocabulary import Column, Kind, Table, columns_of, define_column, measured_columns
+from linchain_analysis.vocabulary import (
+    NATS,
+    Column,
+    Kind,
+    Table,
+    columns_of,
+    define_column,
+    measured_columns,
+    with_loss_unit,
+)
 
 if TYPE_CHECKING:
     from linchain_analysis.analysis import RunSet
@@ -47,6 +58,7 @@ def list_drawables(runs: RunSet, taken: Iterable[str] = ()) -> dict[str, Drawabl
         runs: Runs of any kind; each may hold other columns.
         taken: Names of other figures, in any case of letters.
     """
+    loss_unit = find_loss_unit(runs)
     names = {name.casefold() for name in taken}
     found: dict[str, Drawable] = {}
     for columns, measured in ((_recorded(runs), True), (_on_request(runs), False)):
@@ -55,7 +67,7 @@ def list_drawables(runs: RunSet, taken: Iterable[str] = ()) -> dict[str, Drawabl
                 continue
             name = _name(column, names)
             names.add(name.casefold())
-            found[name] = Drawable(name, column, tuple(holders), measured)
+            found[name] = Drawable(name, with_loss_unit(column, loss_unit), tuple(holders), measured)
     return found
 
 
@@ -65,17 +77,17 @@ def refuse_unknown(asked: str, possible: Iterable[str], place: str) -> InputErro
     column = asked.replace("-", "_")
     known = any(define_column(table, column) is not None for table in ("steps", "modules", "factors", "links"))
     close = get_close_matches(asked, possible, n=1)
-    do = "correct the name"
-    if known:
-        do = f'record it, by Tracker(…, measures=["{column}"]) or its preset'
-    elif close:
-        do = f"did you mean {close[0]!r}?"
-    return InputError(
-        place,
-        expected=f"names among {', '.join(possible)}",
-        got=f"{asked!r}, which these runs did not record" if known else repr(asked),
-        do=do,
-    )
+    got, do = repr(asked), f"did you mean {close[0]!r}?" if close else "correct the name"
+    measure = find_measure_of(column)
+    if measure is not None:
+        got += ", which these runs did not record"
+        tracker = f'Tracker(…, measures=["{measure}"])'
+        do = f"record it, by the measure {measure!r}: {tracker} or, for maps, sweep --measures {measure}"
+    elif known:
+        got += ", which these runs did not record"
+        maps = column in _columns_of_maps()
+        do = "draw runs of synthetic maps" if maps else f'record it, by Tracker(…, measures=["{column}"]) or its preset'
+    return InputError(place, expected=f"names among {', '.join(possible)}", got=got, do=do)
 
 
 def _recorded(runs: RunSet) -> Iterator[tuple[Column, list[str]]]:
@@ -106,8 +118,15 @@ def _on_request(runs: RunSet) -> Iterator[tuple[Column, list[str]]]:
     for run, name in zip(runs.runs, runs.names, strict=True):
         for column_name in _other_columns(run):
             logged.setdefault(column_name, []).append(name)
+    # Others may log something else by the names that synthetic maps, which say the unit of their loss, have for theirs.
+    of_maps = _columns_of_maps() if find_loss_unit(runs) != NATS else {}
     for column_name, holders in logged.items():
-        yield Column("steps", column_name, "float", "", "as the training loop logged it", ""), holders
+        known = of_maps.get(column_name)
+        yield known or Column("steps", column_name, "float", "", "as the training loop logged it", ""), holders
+
+
+def _columns_of_maps() -> dict[str, Column]:
+    return {column.name: column for column in measured_columns("steps") if column.basis == "map"}
 
 
 def _other_columns(run: Any) -> list[str]:

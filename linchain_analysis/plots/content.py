@@ -13,7 +13,7 @@ from linchain_analysis.analysis.comparisons import require_one_condition
 from linchain_analysis.analysis.methods import sort_methods
 from linchain_analysis.analysis.replication import Scale
 from linchain_analysis.errors import InputError
-from linchain_analysis.vocabulary import Column, define_column
+from linchain_analysis.vocabulary import NATS, Column, define_column
 
 # How far a band may widen the axis beyond the curves, in spans of the curves: with two seeds the t interval is 9
 # standard deviations to either side, and an axis that held it would show a flat line.
@@ -114,17 +114,22 @@ def describe_bands(table: pd.DataFrame, scale: Scale) -> list[str]:
     return sentences
 
 
-def define_columns(table: str, names: Sequence[str]) -> tuple[Column, ...]:
-    """Return the definitions of `names` in `table`, from the vocabulary."""
-    return tuple(column for name in names if (column := define_column(table, name)) is not None)
+def define_columns(table: str, names: Sequence[str], loss_unit: str = NATS) -> tuple[Column, ...]:
+    """Return the definitions of `names` in `table`, from the vocabulary, for runs whose loss has that unit."""
+    return tuple(column for name in names if (column := define_column(table, name, loss_unit)) is not None)
 
 
-def label_axis(words: str, table: str, column: str) -> str:
+def label_axis(words: str, table: str, column: str, loss_unit: str = NATS) -> str:
     """Return `words (unit)`, with the unit that the vocabulary gives the column."""
-    definition = define_column(table, column)
-    if definition is None or definition.unit in ("", "1"):
+    definition = define_column(table, column, loss_unit)
+    return label_unit(words, "" if definition is None else definition.unit)
+
+
+def label_unit(words: str, unit: str) -> str:
+    """Return `words (unit)`; a pure number has no unit, and words that end their line have it below."""
+    if unit in ("", "1"):
         return words.strip()
-    return f"{words}({definition.unit})" if words.endswith("\n") else f"{words} ({definition.unit})"
+    return f"{words}({unit})" if words.endswith("\n") else f"{words} ({unit})"
 
 
 def _on_scale(values: pd.Series, scale: Scale) -> NDArray[np.float64]:

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from linchain_analysis.analysis.convergence import read_losses
+from linchain_analysis.analysis.convergence import RELATIVE_LOSS, read_losses
 from linchain_analysis.analysis.learning_rates import (
     RULE,
     at_rates,
     choose_common_rate,
-    choose_level,
-    choose_loss_window,
     choose_rates,
     measure_rates,
 )
+from linchain_analysis.analysis.levels import choose_level, choose_loss_window
 from linchain_analysis.analysis.methods import sort_methods
 from linchain_analysis.analysis.ranks import measure_ranks
 from linchain_analysis.analysis.replication import Scale
 from linchain_analysis.analysis.trajectories import trajectories
+from linchain_analysis.analysis.units import find_loss_unit
 from linchain_analysis.errors import InputError
-from linchain_analysis.plots.content import define_columns, limit_view
+from linchain_analysis.plots.content import NoValuesError, define_columns, limit_view
 from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.panels import draw_curves, draw_legend, legend_height
 from linchain_analysis.plots.style import WIDTHS, MethodStyle, assign_styles, paper_style
+from linchain_analysis.plots.ticks import pad_limits, tick_logarithmic
 
 if TYPE_CHECKING:
     from linchain_analysis.analysis import RunSet
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _NUM_STEPS = 40  # at which a curve is drawn, evenly on the logarithmic axis of steps
 _SMALLEST = 1e-6  # of a relative loss that is shown: what Adam does below is the unrest of its own steps
 _OVER_RATES = ("median", "share", "final_loss")
+_BAND = 0.1  # opacity: bands of many methods lie over each other here
 _TOP_HEIGHT, _BOTTOM_HEIGHT = 1.75, 1.75
 
 
@@ -68,12 +70,13 @@ def plot_learning_rates(
 
     Args:
         runs: Runs of one problem at several learning rates.
-        level: A loss to count steps to; `analysis.learning_rates.choose_level` if unset.
-        column: The loss; `relative_loss` where every run logged it, else `loss`, if unset.
+        level: A loss to count steps to; `analysis.levels.choose_level` if unset.
+        column: The loss; as `read_losses` takes it.
         width: In inches.
 
     Raises:
-        InputError: Several problems, no rate that every method was run at, or nothing finite.
+        InputError: Several problems, no rate that every method was run at, or nothing finite; as `NoValuesError` a
+            loss that is 0 throughout, which has no place on a logarithmic axis.
     """
     tuned = _prepare(runs, level, column)
     styles = assign_styles(tuned.rates["method"])
@@ -101,8 +104,7 @@ def plot_learning_rates(
                 fontweight="bold",
             )
         draw_legend(figure, styles, width)
-    names = ["step", tuned.column] if tuned.column == "loss" else ["step"]
-    columns = define_columns("steps", names) + (
+    columns = define_columns("steps", ["step", tuned.column], find_loss_unit(runs)) + (
         define_columns("modules", ["spectrum", "effective_rank"]) if ranked else ()
     )
     return Drawn(figure, _join(tuned), " ".join(_describe(tuned)), columns)
@@ -117,6 +119,13 @@ def _prepare(runs: RunSet, level: float | None, column: str | None) -> _Tuned:
             expected="runs of one problem",
             got=", ".join(map(str, problems)) or "none",
             do="draw one figure for each",
+        )
+    if (losses[column] == 0).all():
+        raise NoValuesError(
+            "learning-rates",
+            expected="a loss above 0 at some step",
+            got=f"{_words(column)} 0 throughout",
+            do="draw runs that have something to learn",
         )
     window = choose_loss_window(losses, column)
     level = choose_level(losses, column, window) if level is None else level
@@ -149,9 +158,8 @@ def _draw_over_rates(axes: Axes, tuned: _Tuned, name: str, styles: Mapping[str, 
         y = share if name == "share" else own[name].to_numpy(dtype=np.float64)
         y = np.where(np.isfinite(y), y, np.nan)
         if name == "final_loss":
-            y = np.maximum(y, _SMALLEST) if tuned.column == "relative_loss" else y
-        look: dict[str, Any] = {"color": style.color, "linestyle": style.linestyle, "label": method}
-        axes.plot(x, y, marker="o", markersize=2.2, **look)
+            y = np.maximum(y, _SMALLEST) if tuned.column == RELATIVE_LOSS else y
+        axes.plot(x, y, color=style.color, linestyle=style.linestyle, label=method, **style.mark(2.2))
         if name == "median":
             best = tuned.chosen[(tuned.chosen["method"] == method) & np.isfinite(tuned.chosen["median"])]
             axes.plot(
@@ -172,17 +180,20 @@ def _draw_over_rates(axes: Axes, tuned: _Tuned, name: str, styles: Mapping[str, 
         axes.set_ylim(-0.04, 1.04)
         axes.set_ylabel("share of seeds")
         return
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if name == "median":
-        finite = tuned.rates["median"][np.isfinite(tuned.rates["median"])]
-        few = len(finite) > 0 and finite.max() < 4 * finite.min()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if few else (1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_ylabel(f"steps to {tuned.level:.2g}")
-    else:
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.set_ylabel(f"final {_words(tuned.column)}")
+    axes.set_ylabel(f"steps to {tuned.level:.2g}" if name == "median" else f"final {_words(tuned.column)}")
+    axes.set_yscale("log", nonpositive="mask")
+    values = tuned.rates[name].to_numpy(dtype=np.float64)
+    shown = values[np.isfinite(values) & (values > 0)]
+    if not len(shown):
+        axes.yaxis.set_major_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.text(0.5, 0.5, "at no rate by most seeds", transform=axes.transAxes, ha="center", va="center")
+        return
+    if name == "final_loss" and tuned.column == RELATIVE_LOSS:
+        shown = np.maximum(shown, _SMALLEST)
+    low, high = pad_limits(shown.min(), shown.max())
+    axes.set_ylim(low, high)
+    tick_logarithmic(axes.yaxis, low, high, num_powers=6)
 
 
 def _draw_over_steps(axes: Axes, tuned: _Tuned, part: str, styles: Mapping[str, MethodStyle]) -> None:
@@ -193,15 +204,14 @@ def _draw_over_steps(axes: Axes, tuned: _Tuned, part: str, styles: Mapping[str, 
     # The two choices of a rate are compared, so they share the view.
     both = pd.concat([tuned.curves[other] for other in ("de" if part in "de" else "fg")])
     shown = both[np.isfinite(both["mean"])]
-    if part in "de" and tuned.column == "relative_loss":
+    if part in "de" and tuned.column == RELATIVE_LOSS:
         shown = shown[shown["mean"] > _SMALLEST]
     if len(shown):
         low, high, _ = limit_view(shown, scale)
-        axes.set_ylim(max(low, _SMALLEST) if part in "de" and tuned.column == "relative_loss" else low, high)
-    draw_curves(axes, table, styles)
+        axes.set_ylim(max(low, _SMALLEST) if part in "de" and tuned.column == RELATIVE_LOSS else low, high)
+    draw_curves(axes, table, styles, band=_BAND)
     if part in "de":
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        tick_logarithmic(axes.yaxis, *axes.get_ylim(), num_powers=6)
         axes.set_ylabel(_words(tuned.column))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -249,7 +259,7 @@ def _describe(tuned: _Tuned) -> list[str]:
     ]
     if tuned.window > 1:
         sentences.append(f"In (a) to (c) the loss is the mean of its last {tuned.window} values.")
-    if tuned.column == "relative_loss":
+    if tuned.column == RELATIVE_LOSS:
         sentences.append(f"Relative losses below {_SMALLEST:g} are cut off, in (c) drawn there.")
     if len(set(tuned.rates.groupby("method")["base_learning_rate"].apply(frozenset))) > 1:
         sentences.append("The methods were not run at the same rates.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from linchain_analysis.analysis.caveats import list_caveats
 from linchain_analysis.analysis.replication import Scale
 from linchain_analysis.analysis.trajectories import choose_window, count_steps, trajectories
+from linchain_analysis.analysis.units import find_loss_unit
 from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_axis, require_curves
 from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.panels import draw_content
@@ -50,14 +51,15 @@ def prepare_loss(runs: RunSet) -> Content:
         table = trajectories(frame, "loss", window=window, scale=scale)
     table.insert(0, "panel", "all")
     table.insert(0, "quantity", "loss")
+    unit = find_loss_unit(runs)
     return Content(
         name="loss",
         table=table,
         titles={"all": ""},
-        label=label_axis("training loss", "steps", "loss"),
+        label=label_axis("training loss", "steps", "loss", unit),
         scale=scale,
         sentences=("Training loss.", *describe_bands(table, scale), *list_caveats(frame, table)),
-        columns=define_columns("steps", ["step", "loss"]),
+        columns=define_columns("steps", ["step", "loss"], unit),
         width=WIDTHS["icml-column"],
         panel_height=2.1,
     )

@@ -13,7 +13,7 @@ from linchain_analysis.analysis.replication import Scale, complete_labels
 from linchain_analysis.analysis.trajectories import choose_window, count_steps, trajectories
 from linchain_analysis.errors import InputError
 from linchain_analysis.plots.columns import Drawable, list_drawables, refuse_unknown
-from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_axis, require_curves
+from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_unit, require_curves
 from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.norms import sort_factors
 from linchain_analysis.plots.notes import describe_column, list_notes
@@ -204,4 +204,4 @@ def _label(column: Column, single: bool) -> str:
     unit = f" ({column.unit})" if column.unit not in ("", "1") else ""
     if unit and len(words.rpartition("\n")[2]) + len(unit) > length:
         words += "\n"
-    return re.sub(r"\^\(([^)]+)\)", r"$^{\1}$", label_axis(words, column.table, column.name))
+    return re.sub(r"\^\(([^)]+)\)", r"$^{\1}$", label_unit(words, column.unit))

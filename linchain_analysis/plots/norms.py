@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from linchain_analysis.analysis.caveats import list_caveats
 from linchain_analysis.analysis.trajectories import choose_window, count_steps, trajectories
-from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_axis, require_curves
+from linchain_analysis.analysis.units import find_loss_unit
+from linchain_analysis.plots.content import (
+    Content,
+    NoValuesError,
+    define_columns,
+    describe_bands,
+    label_axis,
+    require_curves,
+)
 from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.panels import draw_content
 from linchain_analysis.plots.style import WIDTHS
@@ -73,17 +83,26 @@ def _prepare(runs: RunSet, column: str, name: str, words: str, meaning: str) -> 
     table = trajectories(frame, column, by=["factor"], window=window, scale="log").rename(columns={"factor": "panel"})
     table.insert(0, "panel", table.pop("panel"))
     table.insert(0, "quantity", column)
+    finite = table["mean"][np.isfinite(table["mean"])]
+    if len(finite) and not (finite != 0).any():
+        raise NoValuesError(
+            name,
+            expected="norms above 0 at one step or more",
+            got="0 throughout, as of ΔW that is the target from the start",
+            do="draw the other figures, or runs that learn something",
+        )
     require_curves(
         name, table[table["mean"] > 0], "check that the runs recorded factors and that their norms are finite"
     )
+    unit = find_loss_unit(runs)
     return Content(
         name=name,
         table=table,
         titles={factor: _title(factor) for factor in sort_factors(list(table["panel"]))},
-        label=label_axis(f"{words}\n", "factors", column),
+        label=label_axis(f"{words}\n", "factors", column, unit),
         scale="log",
         sentences=(meaning, *describe_bands(table, "log"), _GAUGE, *list_caveats(frame, table)),
-        columns=define_columns("factors", ["step", "module", "factor", column]),
+        columns=define_columns("factors", ["step", "module", "factor", column], unit),
         width=WIDTHS["icml-page"],
         panel_height=1.7,
     )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from linchain_analysis.plots.content import Content
 from linchain_analysis.plots.drawn import Drawn
-from linchain_analysis.plots.style import MethodStyle, assign_styles, paper_style
+from linchain_analysis.plots.style import DISC, MethodStyle, assign_styles, paper_style
+from linchain_analysis.plots.ticks import tick_logarithmic
 
 MAX_COLUMNS = 5
 _FEW_STEPS = 25  # up to so many are each marked: a line between two samples alone would pass for a trend
 _LEGEND_ENTRY_INCHES = 1.35  # at least, for names in one figure to stand where they do in another
 _LEGEND_LINE_INCHES, _CHARACTER_INCHES = 0.68, 0.058
-_FINE_DECADES = 2.0  # a logarithmic axis of fewer has too few powers of ten in view to be read by
+_MARK_EVERY = 0.22  # of the panel's diagonal, along a curve whose method has a marker of its own
 
 
 def draw_content(content: Content, width: float | None = None) -> Drawn:
@@ -62,32 +64,43 @@ def draw_panels(figure: Figure | SubFigure, content: Content, styles: Mapping[st
         axes.set_ylabel(content.label, linespacing=1.0)
 
 
-def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> None:
-    """Draw line and band of every method in `table`; a value that is not finite leaves a gap."""
+def draw_curves(axes: Axes, table: pd.DataFrame, styles: Mapping[str, MethodStyle], band: float = 0.16) -> None:
+    """Draw line and band of every method in `table`; a value that is not finite leaves a gap.
+
+    Args:
+        axes: Where.
+        table: What `trajectories` returned, of one panel.
+        styles: By method.
+        band: Opacity of the bands.
+    """
     for method, style in styles.items():
         curve = table[table["method"] == method].sort_values("step")
         if curve.empty:
             continue
-        marker = "o" if curve["mean"].notna().sum() <= _FEW_STEPS else None
+        marks: dict[str, Any] = style.mark(2.5) if curve["mean"].notna().sum() <= _FEW_STEPS else {}
+        if not marks and style.marker != DISC:
+            marks = {**style.mark(2.0), "markevery": _MARK_EVERY}
         low = curve["low"]
         if axes.get_yscale() == "log":
             # What lies at or below 0 is far below the panel, and without a place there would tear the band.
             low = low.mask(low <= 0, axes.get_ylim()[0] / 10)
-        axes.fill_between(curve["step"], low, curve["high"], color=style.color, alpha=0.16, linewidth=0)
+        axes.fill_between(curve["step"], low, curve["high"], color=style.color, alpha=band, linewidth=0)
         axes.plot(
             curve["step"],
             curve["mean"],
             color=style.color,
             linestyle=style.linestyle,
-            marker=marker,
-            markersize=2.5,
             label=method,
+            **marks,
         )
 
 
 def draw_legend(figure: Figure, styles: Mapping[str, MethodStyle], width: float) -> None:
     """Draw one legend for the whole figure above its panels, as many methods in a row as `width` inches hold."""
-    handles = [Line2D([], [], color=s.color, linestyle=s.linestyle, label=method) for method, s in styles.items()]
+    handles = [
+        Line2D([], [], color=s.color, linestyle=s.linestyle, label=method, **(s.mark(2.0) if s.marker != DISC else {}))
+        for method, s in styles.items()
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=_legend_columns(styles, width), columnspacing=1.4)
 
 
@@ -114,10 +127,4 @@ def _tick(axes: Axes, content: Content) -> None:
     if content.scale == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         return
-    low, high = (math.log10(limit) for limit in content.view)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if high - low > _FINE_DECADES:
-        axes.yaxis.set_major_locator(LogLocator(numticks=5))
-    else:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
+    tick_logarithmic(axes.yaxis, *content.view)

@@ -9,7 +9,14 @@ import pandas as pd
 from linchain_analysis.analysis.caveats import list_caveats
 from linchain_analysis.analysis.ranks import measure_ranks
 from linchain_analysis.analysis.trajectories import trajectories
-from linchain_analysis.plots.content import Content, define_columns, describe_bands, label_axis, require_curves
+from linchain_analysis.plots.content import (
+    Content,
+    NoValuesError,
+    define_columns,
+    describe_bands,
+    label_axis,
+    require_curves,
+)
 from linchain_analysis.plots.drawn import Drawn
 from linchain_analysis.plots.panels import draw_content
 from linchain_analysis.plots.style import WIDTHS
@@ -52,6 +59,13 @@ def prepare_effective_rank(runs: RunSet) -> Content:
         part.insert(0, "quantity", name)
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
+    if ranks.empty and runs.read("modules", columns=["spectrum"])["spectrum"].notna().any():
+        raise NoValuesError(
+            "effective-rank",
+            expected="ΔW other than 0 at one recorded step or more",
+            got="ΔW = 0 throughout, which has no rank",
+            do="draw the other figures, or runs that learn something",
+        )
     require_curves("effective-rank", table, "track with preset `standard` or `full`, since `light` stores no spectra")
     caveats = list_caveats(ranks, table[table["panel"] == "effective_rank"])
     return Content(

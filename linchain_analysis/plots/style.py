@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -35,6 +35,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#CC79A7",
 )
 
+DISC = "o"
 Dash = tuple[float, ...]
 SOLID: Dash = ()
 # On and off lengths in line widths; different enough to be told apart in grey.
@@ -57,15 +58,24 @@ class MethodStyle:
     Attributes:
         color: Hexadecimal colour.
         dash: On and off lengths in line widths; empty for a solid line.
+        marker: Of points; a disc unless inner factors start otherwise than by default. Methods whose points are not
+            drawn must differ as well, so it makes no style another one.
     """
 
     color: str
     dash: Dash
+    marker: str = field(default=DISC, compare=False)
 
     @property
     def linestyle(self) -> Literal["-"] | tuple[float, Dash]:
         """The dash as matplotlib takes it."""
         return (0, self.dash) if self.dash else "-"
+
+    def mark(self, size: float) -> dict[str, Any]:
+        """Return how points are drawn, as matplotlib takes it: discs full, other markers larger and hollow."""
+        if self.marker == DISC:
+            return {"marker": DISC, "markersize": size}
+        return {"marker": self.marker, "markersize": 1.6 * size, "markerfacecolor": "white", "markeredgewidth": 0.8}
 
 
 KNOWN = {
@@ -78,6 +88,7 @@ KNOWN = {
 # By the number of inner factors, as those of the paper; and how many dashes an init is away from theirs.
 _COLORS = (BLACK, ORANGE, GREEN, BLUE, PURPLE, VERMILION, SKY)
 _SHIFTS = {"kaiming": 0, "orthogonal": 4, "identity": 6, "he": 2, "lecun": 3}
+_MARKERS = {"kaiming": DISC, "orthogonal": "s", "identity": "D", "he": "^", "lecun": "v"}
 _FREE = tuple(
     style
     for dash in DASHES
@@ -89,9 +100,9 @@ _FREE = tuple(
 def assign_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
     """Return a style for each method, different for all of them, in the order of `sort_methods`.
 
-    The methods of the paper always look the same. Another chain has the colour of its number of inner factors and the
-    dash of that and its init; any other method has a place by its name, the same in every process. Where two methods
-    fall on one style the later takes the next free one.
+    The methods of the paper always look the same. Another chain has the colour of its number of inner factors, the
+    dash of that and its init, and the marker of its init; any other method has a place by its name, the same in every
+    process. Where two methods fall on one style the later takes the next free one.
 
     Args:
         methods: Names; up to 56 have styles of their own, after which they repeat.
@@ -118,7 +129,8 @@ def _wish(method: str) -> list[MethodStyle]:
         return []
     color = _COLORS[chain.chain_length % len(_COLORS)]
     place = (chain.chain_length + _SHIFTS[chain.chain_init]) % len(DASHES)
-    return [MethodStyle(color, dash) for dash in [*DASHES[place:], *DASHES[:place]]]
+    marker = _MARKERS[chain.chain_init]
+    return [MethodStyle(color, dash, marker) for dash in [*DASHES[place:], *DASHES[:place]]]
 
 
 PAPER: dict[Any, Any] = {

@@ -10,6 +10,7 @@ from linchain_analysis.problems import sums
 from linchain_analysis.problems.answers import AnswerForm, find_form
 from linchain_analysis.problems.problem import ProblemDefaults, TextProblem
 from linchain_analysis.problems.records import read_records, split_records
+from linchain_analysis.problems.synthetic import MAP_NAMES
 from linchain_analysis.problems.templates import find_template
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
@@ -94,8 +95,12 @@ def name_of_file(path: Path) -> str:
 
 def _load_sums(name: str, model: str | None, data_seed: int, num_eval: int, template: str) -> TextProblem:
     if name not in PROBLEM_NAMES:
+        sweep = "python -m linchain_analysis.sweep --problem"
         raise InputError(
-            "problem", expected=f"one of {', '.join(PROBLEM_NAMES)}", got=repr(name), do="choose one, or give data"
+            "problem",
+            expected=f"one of {', '.join(PROBLEM_NAMES)}",
+            got=repr(name),
+            do=f"train maps by {sweep} {name}" if name in MAP_NAMES else f"choose one, or give data; maps: {sweep}",
         )
     return TextProblem(
         name=name,

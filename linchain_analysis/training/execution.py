@@ -16,7 +16,7 @@ from linchain_analysis.errors import InputError, RunError
 from linchain_analysis.training.events import Event, RunFailed
 from linchain_analysis.training.grid import Grid, PlannedRun
 from linchain_analysis.training.progress import Progress, show_progress
-from linchain_analysis.training.resumption import PlannedT, clear, find_standing
+from linchain_analysis.training.resumption import PlannedT, clear, find_standing, refuse_other_problems
 from linchain_analysis.training.workers import count_cores, work_through
 
 GRID_FILE = "sweep.json"
@@ -57,7 +57,8 @@ def run_grid(
 
     Raises:
         InputError: If a setting cannot be: before anything is trained.
-        RunError: If `out` cannot be written, holds other things under a run's name, or is in use by another sweep.
+        RunError: If `out` cannot be written, holds runs of another problem or other things under a run's name, or is
+            in use by another sweep.
     """
     if num_workers is not None and num_workers < 1:
         raise InputError("num_workers", expected="at least 1", got=str(num_workers), do="leave it out for one per core")
@@ -67,7 +68,7 @@ def run_grid(
         gpus = list_gpus()
         return work_through(to_do, out, num_workers=num_workers or len(gpus) or count_cores(), gpus=gpus)
 
-    return carry_out(runs, Path(out), grid.to_json(), work, progress)
+    return carry_out(runs, Path(out), grid.to_json(), work, progress, problem=_name_problem(grid))
 
 
 def carry_out(
@@ -76,6 +77,8 @@ def carry_out(
     content: Mapping[str, Any],
     work: Callable[[Sequence[PlannedT], Path], Generator[Event]],
     progress: Progress | None = None,
+    *,
+    problem: str,
 ) -> GridResult:
     """See that every run stands complete under `out`: skip those that do, have the rest done by `work`.
 
@@ -85,6 +88,7 @@ def carry_out(
         content: The grid as a JSON object, to be kept there.
         work: Does the runs that are to be done, each into its folder, and yields what happens; closing it ends it.
         progress: Who shows the progress; by default bars on a terminal and lines elsewhere.
+        problem: What all runs learn, as their manifests say it.
 
     Raises:
         RunError: As `run_grid`.
@@ -92,6 +96,7 @@ def carry_out(
     _require_writable(out)
     with _exclusive(out):
         standing = find_standing(runs, out)
+        refuse_other_problems(problem, out)
         _write_atomically(out / GRID_FILE, {"grid": content, "runs": [run.name for run in runs]})
         for run in standing.half_finished:
             clear(out / run.name)
@@ -129,6 +134,14 @@ def plan_runs(grid: Grid) -> tuple[PlannedRun, ...]:
     )
 
 
+def _name_problem(grid: Grid) -> str:
+    """Return what the manifests of the grid's runs call their problem."""
+    from linchain_analysis.problems.loading import name_of_file
+
+    settings = grid.first_settings
+    return name_of_file(Path(settings.data)) if settings.data else settings.problem or "sums"
+
+
 def list_gpus() -> list[str]:
     """Return the names of the usable GPUs, as CUDA_VISIBLE_DEVICES has them."""
     import torch
@@ -142,8 +155,8 @@ def list_gpus() -> list[str]:
 def _require_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"0")  # on a full disk files can be made, and nothing be written into them
     except OSError as error:
         raise RunError(
             str(out),
@@ -170,12 +183,25 @@ def _exclusive(out: Path) -> Iterator[None]:
 
 
 def _write_atomically(path: Path, content: dict[str, object]) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # a temporary file is made readable for its owner alone
-    os.replace(file.name, path)
+    text = json.dumps(content, indent=2) + "\n"
+    made: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            made = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        made.chmod(0o644)  # a temporary file is made readable for its owner alone
+        made.replace(path)
+    except OSError as error:
+        raise RunError(
+            str(path),
+            expected="a file that can be written",
+            got=error.strerror or str(error),
+            do="make room on the disk, or choose another folder",
+        ) from error
+    finally:
+        if made is not None:
+            made.unlink(missing_ok=True)  # it is there still where something failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,29 @@ def _judge(run: Planned, folder: Path) -> str:
             do="choose another output folder, or delete that run to train it again",
         )
     return "complete" if manifest.status == "complete" else "half_finished"
+
+
+def refuse_other_problems(problem: str, out: Path) -> None:
+    """Refuse a folder with runs of another problem: names of runs say method, rate and seed, and not what is learned.
+
+    Raises:
+        RunError: Some run in `out` learns something else.
+    """
+    for path in sorted(out.glob(f"*/{_MANIFEST}")):
+        if path.parent.name.startswith("."):
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # not of this grid, or it would have been refused before
+        other = content.get("problem") if isinstance(content, dict) else None
+        if other is not None and other != problem:
+            raise RunError(
+                str(out),
+                expected=f"no runs but those of {problem}",
+                got=f"{path.parent.name}, a run of {other}",
+                do="choose another folder: runs of a sweep are named by method, learning rate and seed alone",
+            )
 
 
 def clear(folder: Path) -> None:

@@ -117,3 +117,13 @@ def test_a_diverged_run_has_no_rank_at_any_moment() -> None:
     frame = losses({0: [0.9, 0.4, math.nan]})
     recorded = frame.assign(module="map", effective_rank=[2.0, 1.0, math.nan])
     assert match_ranks(frame, recorded, "relative_loss", levels=[0.5])["effective_rank"].isna().all()
+
+
+def test_where_nothing_is_relative_to_the_target_the_excess_is_read() -> None:
+    undefined = losses({0: [math.nan, math.nan]}).assign(excess_loss=[0.2, 0.1], loss=[0.5, 0.4])
+    frame, column = read_losses(FrameRuns(steps=undefined))  # type: ignore[arg-type]
+    assert column == "excess_loss" and frame[column].tolist() == [0.2, 0.1]
+    unknown = undefined.assign(excess_loss=math.nan)
+    assert read_losses(FrameRuns(steps=unknown))[1] == "loss"  # type: ignore[arg-type]
+    partly = undefined.assign(relative_loss=[1.0, math.nan])
+    assert read_losses(FrameRuns(steps=partly))[1] == "relative_loss"  # type: ignore[arg-type]

@@ -10,16 +10,18 @@ import pytest
 from synthetic_runs import FrameRuns, rows
 
 from linchain_analysis.analysis.learning_rates import (
+    RULE,
     at_rates,
     best_losses_at,
     choose_common_rate,
-    choose_level,
+    choose_loss_window,
     choose_rates,
     find_sweeps,
     losses_at,
     measure_rates,
     tune,
 )
+from linchain_analysis.analysis.levels import choose_level
 from linchain_analysis.errors import InputError
 
 Runs = Mapping[float, Mapping[int, Sequence[float]]]
@@ -55,10 +57,44 @@ def test_most_seeds_come_before_fewest_steps() -> None:
 def test_then_fewest_steps_then_the_final_loss_then_the_smaller_rate() -> None:
     steps = choose({"lora-8": {0.1: {0: reaching(3)}, 0.2: {0: reaching(2)}, 0.4: {0: reaching(4)}}}).loc["lora-8"]
     assert (steps["base_learning_rate"], steps["num_tied"], steps["edge"]) == (0.2, 0, "")
+    # Fewer steps, although the loss ends higher.
+    fast = choose({"lora-8": {0.1: {0: reaching(4, end=0.1)}, 0.2: {0: reaching(2, end=0.3)}}}).loc["lora-8"]
+    assert (fast["base_learning_rate"], fast["num_tied"]) == (0.2, 0)
     final = choose({"lora-8": {0.1: {0: reaching(2, end=0.3)}, 0.2: {0: reaching(2, end=0.1)}}}).loc["lora-8"]
     assert (final["base_learning_rate"], final["num_tied"], final["edge"]) == (0.2, 1, "largest")
     smaller = choose({"lora-8": {0.2: {0: reaching(2)}, 0.1: {0: reaching(2)}}}).loc["lora-8"]
     assert (smaller["base_learning_rate"], smaller["num_tied"]) == (0.1, 1)
+
+
+def test_a_rate_of_fewer_seeds_does_not_compete() -> None:
+    """One of one seed at 0.4, the rest having failed, against nine of ten: neither chosen nor a part of the grid."""
+    nine = {seed: reaching(5 if seed else None) for seed in range(10)}
+    eight = {seed: reaching(4 if seed > 1 else None) for seed in range(10)}
+    found = choose({"lora-8": {0.1: eight, 0.2: nine, 0.4: {0: reaching(1)}}}).loc["lora-8"]
+    assert found[["base_learning_rate", "num_seeds", "num_reached"]].tolist() == [0.2, 10, 9]
+    assert (found["edge"], found["window_high"], found["window_open"]) == ("largest", 0.2, True)
+    # Of each method by itself: another that has fewer seeds everywhere has a rate all the same.
+    few = choose({"lora-8": {0.1: nine}, "moslora-8": {0.1: {0: reaching(2)}, 0.2: {0: reaching(1)}}})
+    assert few["num_seeds"].to_dict() == {"lora-8": 10, "moslora-8": 1}
+    assert few.loc["moslora-8", "base_learning_rate"] == 0.2
+    assert RULE.startswith("the rate, of those run with the most seeds, at which most seeds reach the level, among ")
+
+
+def test_a_chosen_rate_without_a_run_to_report_is_an_error() -> None:
+    there, nowhere = {seed: reaching(2) for seed in range(4)}, {seed: reaching(None) for seed in range(4)}
+    methods: dict[str, Runs] = {
+        "linchain-1-8": {0.5: there},
+        "lora-8": {0.5: nowhere, 1.0: {0: reaching(2), 1: reaching(2)}},
+    }
+    with pytest.raises(InputError, match="a run of lora-8 at its chosen rate, 1, on sums, got none"):
+        tune(FrameRuns(steps=losses(methods)), 0.5, select_on=[0, 1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("usable", [(0.1, 0.2), (0.4, 0.8)])
+def test_a_window_is_open_at_either_edge(usable: tuple[float, float]) -> None:
+    grid = {rate: {0: reaching(2 if rate in usable else None)} for rate in (0.1, 0.2, 0.4, 0.8)}
+    found = choose({"lora-8": grid}).loc["lora-8"]
+    assert (found["window_low"], found["window_high"], found["window_open"]) == (*usable, True)
 
 
 def test_a_method_that_never_gets_there_has_the_rate_of_its_lowest_loss() -> None:
@@ -122,6 +158,27 @@ def test_the_common_rate_is_that_of_most_runs_of_all_methods() -> None:
         choose_common_rate(measure_rates(losses(apart), 0.5, "relative_loss"))
 
 
+def test_a_method_without_a_median_at_one_of_the_rates_has_no_say_in_the_steps() -> None:
+    """Four of six runs arrive at either rate; moslora-8 has a median at 0.2 alone, and lora-8 is faster at 0.1."""
+    methods: dict[str, Runs] = {
+        "lora-8": {0.1: {s: reaching(2) for s in range(3)}, 0.2: {s: reaching(3 if s else None) for s in range(3)}},
+        "moslora-8": {
+            0.1: {s: reaching(None if s else 2) for s in range(3)},
+            0.2: {s: reaching(2 if s else None) for s in range(3)},
+        },
+    }
+    assert choose_common_rate(measure_rates(losses(methods), 0.5, "relative_loss")) == 0.1
+
+
+def test_exact_losses_are_not_averaged() -> None:
+    frame = losses({"lora-8": {0.1: {0: reaching(2, length=400)}}})
+    noisy = frame.rename(columns={"relative_loss": "loss"})
+    assert choose_loss_window(noisy, "loss") > 1
+    for column in ("relative_loss", "excess_loss"):
+        assert choose_loss_window(frame.rename(columns={"relative_loss": column}), column) == 1
+    assert choose_loss_window(noisy.iloc[:0], "loss") == 1
+
+
 def test_the_level_is_one_that_can_be_reached() -> None:
     frame = losses({"lora-8": {0.1: {0: [1.0, 0.1]}}, "moslora-8": {0.1: {0: [1.0, 0.4]}, 0.2: {0: [1.0, 0.3]}}})
     assert choose_level(frame, "relative_loss") == 0.3
@@ -129,6 +186,40 @@ def test_the_level_is_one_that_can_be_reached() -> None:
     assert choose_level(low, "relative_loss") == 1e-3
     with pytest.raises(InputError, match="half of the runs stay finite"):
         choose_level(losses({"lora-8": {0.1: {0: [math.nan]}}}), "relative_loss")
+
+
+def test_the_level_is_below_the_start_though_noise_is_fitted_later() -> None:
+    """Labels with noise: the loss on new inputs falls to 0.41 or 0.612, and rises above where it began."""
+    lora, chain = [0.9, 0.41, 1.7], [0.9, 0.612, 1.4]
+    frame = losses({"lora-8": {0.1: {0: lora}}, "moslora-8": {0.1: {0: chain}, 0.2: {0: [1.0, 0.8, 1.2]}}})
+    assert choose_level(frame, "relative_loss") == 0.62  # 0.612 in two digits, rounded up
+    rates = measure_rates(frame, 0.62, "relative_loss").set_index(["method", "base_learning_rate"])["median"]
+    assert rates.to_dict() == {("lora-8", 0.1): 2.0, ("moslora-8", 0.1): 2.0, ("moslora-8", 0.2): math.inf}
+
+
+def test_most_seeds_reach_the_level_so_that_there_is_a_median() -> None:
+    seeds = {k: [1.0, value] for k, value in enumerate((0.1, 0.2, 0.3, 0.4))}
+    level = choose_level(losses({"lora-8": {0.1: seeds}}), "relative_loss")
+    assert level == 0.3  # of 0.25, the median of four, two would stay above
+    (row,) = measure_rates(losses({"lora-8": {0.1: seeds}}), level, "relative_loss").itertuples()
+    assert (row.num_reached, row.median) == (3, 2.0)
+
+
+def test_methods_that_do_not_learn_do_not_set_the_level() -> None:
+    bad = {0.1: {0: [1.2, 1.1]}}
+    assert choose_level(losses({"lora-8": bad, "moslora-8": {0.1: {0: [1.0, 0.7]}}}), "relative_loss") == 0.7
+    assert choose_level(losses({"lora-8": bad}), "relative_loss") == 0.5  # half of the start, which is 1
+    near = losses({"lora-8": {0.1: {0: [1.0, 0.9999]}}})
+    assert choose_level(near, "relative_loss") == 0.9999  # in two digits it would be the start
+    other = losses({"lora-8": {0.1: {0: [3.0, 3.5]}}}).rename(columns={"relative_loss": "loss"})
+    assert choose_level(other, "loss") == 1.5
+    zero = losses({"lora-8": {0.1: {0: [0.0, 0.0]}}}).rename(columns={"relative_loss": "excess_loss"})
+    assert choose_level(zero, "excess_loss") == 0.0
+
+
+def test_a_run_that_diverges_later_does_not_set_the_level() -> None:
+    frame = losses({"lora-8": {0.1: {0: [0.5, 0.4]}, 0.2: {0: [0.01, math.nan]}}})
+    assert choose_level(frame, "relative_loss") == 0.4
 
 
 def test_rows_at_chosen_rates_and_sweeps() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from typing import get_args
 
 import numpy as np
@@ -151,6 +153,92 @@ def test_kinds_are_counted_and_told_from_chance() -> None:
     assert counted.loc["apart", "rotations"] == 0.25  # a alone; d has one factor that is both, and no second
     # W2 of other runs: beside the rotations a, c, d stand shears in (b), (a, b), (a, b) of three others each.
     assert counted.loc["apart by chance", "rotations"] == pytest.approx((1 + 2 + 2) / 12)
+
+
+def describe(kinds: dict[str, str]) -> pd.DataFrame:
+    """Factors by name with one letter per run: Rotation, Shear, Both, neither (.), or no such factor (space)."""
+    shares = {"R": (1.0, 0.0), "S": (0.0, 1.0), "B": (1.0, 1.0), ".": (0.0, 0.0)}
+    return pd.DataFrame(
+        [
+            {"run": run, "factor": name, "rotation_share": shares[kind][0], "shear_share": shares[kind][1]}
+            for name, own in kinds.items()
+            for run, kind in enumerate(own)
+            if kind != " "
+        ]
+    )
+
+
+def shares_apart(described: pd.DataFrame) -> tuple[float, float]:
+    found = count_kinds(described).set_index("factor")["rotations"]
+    return float(found["apart"]), float(found["apart by chance"])
+
+
+def test_chance_takes_factors_from_other_runs_only() -> None:
+    """Ten of twenty runs have both kinds: (Σt Σs − Σts) / (n (n − 1)), wherever a third factor stands between."""
+    half = ".R" * 10, "." * 20, ".S" * 10
+    for names in itertools.permutations(("A", "B", "W1")):
+        apart, chance = shares_apart(describe(dict(zip(names, half, strict=True))))
+        assert apart == 0.5
+        assert chance == pytest.approx((10 * 10 - 10) / (20 * 19), abs=1e-15)
+    assert shares_apart(describe({"A": "R.", "B": "..", "W1": "S."})) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("num_factors", [1, 2, 3, 4])
+def test_chance_is_the_mean_over_all_choices_of_different_runs(num_factors: int) -> None:
+    random = np.random.default_rng(num_factors)
+    for num_runs in range(max(2, num_factors), 7):
+        table = random.choice(list("RSB.."), (num_factors, num_runs))
+        found = [
+            any(table[i, a] in "RB" and table[j, b] in "SB" for (i, a), (j, b) in itertools.permutations(taken, 2))
+            for runs in itertools.permutations(range(num_runs), num_factors)
+            for taken in [list(enumerate(runs))]
+        ]
+        _, chance = shares_apart(describe({f"W{i}": "".join(row) for i, row in enumerate(table)}))
+        assert chance == pytest.approx(np.mean(found), abs=1e-12)
+
+
+def test_a_missing_factor_is_of_no_kind() -> None:
+    assert shares_apart(describe({"A": "RRRR", "W1": "  ..", "B": "RRRR"})) == (0.0, 0.0)
+    assert shares_apart(describe({"A": "RRRR", "W1": "  SS", "B": "...."})) == (0.5, 0.5)
+
+
+def test_too_few_runs_for_a_chance() -> None:
+    assert shares_apart(describe({"A": "R", "B": "S"})) == (1.0, pytest.approx(math.nan, nan_ok=True))
+    # Three factors of some kind cannot come from three of two runs.
+    assert math.isnan(shares_apart(describe({"A": "R.", "B": ".S", "W1": "RS"}))[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_runs_are_empty_tables() -> None:
+    labels = pd.DataFrame({"run": ["a"], "method": ["lora-2"]})
+    one = follow(rotation(1.0)[None, None], labels, np.eye(2))
+    none = follow(np.zeros((0, 4, 2, 2)), labels.iloc[:0], np.eye(2))
+    assert (list(none), len(none)) == (list(one), 0)
+    factors = describe_factors({"W1": rotation(1.0)[None]}, labels)
+    for empty in (describe_factors({}, labels), describe_factors({"W1": np.zeros((0, 2, 2))}, labels.iloc[:0])):
+        assert (list(empty), len(empty)) == (list(factors), 0)
+        assert count_kinds(empty)["factor"].tolist() == ["apart", "apart by chance"]
+        assert count_kinds(empty)["rotations"].isna().all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_relative_to_a_target_of_zero() -> None:
+    path = follow(rotation(np.radians(30.0))[None, None], pd.DataFrame({"run": ["a"]}), np.zeros((2, 2)))
+    assert path["angle"].tolist() == [pytest.approx(30.0, rel=1e-14)]
+    assert path["relative_loss"].isna().all()
+
+
+@pytest.mark.parametrize("matrix", [-np.eye(2), [[-1.0, -1e-300], [0.0, 1.0]], [[-1.0, 0.0], [0.0, 1.0]]])
+def test_half_a_turn_is_plus_pi(matrix: object) -> None:
+    assert float(locate(matrix).angle) == math.pi  # type: ignore[arg-type]
+
+
+def test_the_smallest_loss_at_any_shear() -> None:
+    target = shear(1.0) @ rotation(0.3)
+    with warnings.catch_warnings(action="error"):
+        found = smallest_losses(target, 0.3, [1e10, 1e160, -1e300, math.inf])
+    # T R(−θ) = S(1): of its first column (1, 1) only what is along (1, k) → (0, 1) is left to a; 1/2 remains. To 1 / k.
+    np.testing.assert_allclose(found, [0.5, 0.5, 0.5 + 0.5, math.nan], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("place", ["locate", "smallest_losses"])

@@ -121,6 +121,7 @@ def test_norm_ratio_and_cosine_of_special_numbers() -> None:
     np.testing.assert_allclose(c.norm(stack), [0, 5e200, 5e-200, np.nan, np.inf], rtol=1e-15)
     np.testing.assert_array_equal(c.norm(np.zeros((2, 0, 3))), [0, 0])
     np.testing.assert_array_equal(c.ratio([1, 0, 1, np.inf, 1, np.nan], [2, 0, 0, 1, np.inf, 1]), [0.5] + [np.nan] * 5)
+    np.testing.assert_array_equal(c.ratio([1, -1e300], [1e-320, 1e-300]), [np.inf, -np.inf])
     np.testing.assert_allclose(c.cosine(stack, stack), [np.nan, 1, 1, np.nan, np.nan], rtol=1e-15)
     largest = np.full((1, 2, 2), np.finfo(np.float64).max)  # finite, but its norm is not
     assert np.isnan(c.cosine(largest, largest)).all()

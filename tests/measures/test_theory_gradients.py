@@ -169,6 +169,21 @@ def test_shapes_that_do_not_multiply() -> None:
     np.testing.assert_allclose(printed_inner_gradient(square, 3, gradient, 2.0), 2 * letter, rtol=0, atol=1e-13)
 
 
+def test_a_stack_in_one_factor_alone_is_broadcast() -> None:
+    factors, gradient = draw((3, 3, 3, 3)), draw_gradient()
+    stack = np.random.default_rng(3).standard_normal((4, 3, 3))
+    for i in (1, 2, 3):
+        stacked = [*factors[:i], stack, *factors[i + 1 :]]
+        together = printed_errors(stacked, gradient)
+        assert together.shape == (4, 3)
+        for own, errors in zip(stack, together, strict=True):
+            alone = printed_errors([*factors[:i], own, *factors[i + 1 :]], gradient)
+            # An error around 1e-16 is rounding, which need not be the same.
+            np.testing.assert_allclose(errors, alone, rtol=1e-10, atol=1e-14)
+    assert printed_errors([np.stack([factors[0]] * 4), factors[-1]], gradient).shape == (4, 0)
+    assert np.isnan(printed_errors([draw((8, 16, 8))[0], *draw((8, 16, 8), stack=(2,))[1:]], gradient)[:, 1]).all()
+
+
 def test_undefined_errors() -> None:
     assert printed_errors(draw((4,)), draw_gradient()).shape == (0,)
     assert np.isnan(printed_errors(draw((4, 4)), np.zeros((D_IN, D_OUT)))).all()

@@ -116,7 +116,51 @@ def test_a_large_chain_is_counted_by_formula_alone() -> None:
     assert counts["gradient paths from the loss to all factors"].enumerated == 5
 
 
-@pytest.mark.parametrize("dims", [(), (4, 4), (4, 0, 4)])
-def test_sizes_that_are_no_chain(dims: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dims", [(12, *[8] * 14, 12), (4, *[2] * 90, 3), (8, *[8, 16] * 10, 9)])
+def test_ranks_of_long_chains_are_those_of_the_formula(dims: tuple[int, ...]) -> None:
+    for seed in range(3):
+        for count in count_traces(dims, seed)[-4:]:
+            assert count.enumerated == count.by_formula, count
+
+
+def test_a_rank_that_rounding_hides_is_not_given() -> None:
+    """The second singular value of a chain that is narrow and wide by turns falls below any rounding of the first."""
+    for seed in range(3):
+        counts = {count.what: count for count in count_traces((4, *[2, 16] * 60, 3), seed)}
+        for name in ("directions in which ΔW can move", "the same at B = 0", "of them redundant (gauge)"):
+            assert counts[name].enumerated is None
+        assert counts["parameters"].enumerated == counts["parameters"].by_formula
+
+
+def test_an_expansion_that_is_too_long_is_counted_by_formula_alone() -> None:
+    counts = {count.what: count for count in count_traces((2, *[1] * 41, 2))}
+    assert (counts["terms of all orders"].by_formula, counts["terms of all orders"].enumerated) == (2**42 - 1, None)
+    assert counts["terms of order 2 of an expanded step"].enumerated is None
+    assert counts["gradient paths from the loss to all factors"].enumerated == 42
+    far = {count.what: count for count in count_traces((2, *[1] * 300, 2))}
+    assert far["gradient paths from the loss to all factors"].enumerated is None
+    with pytest.raises(InputError, match="count the terms with count_step_terms"):
+        expand_step(15)
+    for wrong in (-1, 2.0, "a", True):
+        with pytest.raises(InputError, match="num_inner: expected a whole number from 0 on"):
+            expand_step(wrong)  # type: ignore[arg-type]
+
+
+def test_a_map_that_does_not_fit_is_counted_by_formula_alone() -> None:
+    counts = {count.what: count for count in count_traces(tuple(np.int64(size) for size in (2**32, 2**16, 2**32)))}
+    assert counts["scalar paths from input to output"].by_formula == 2**80  # which NumPy's own numbers do not hold
+    assert counts["first-order terms of a step that are not 0 at B = 0"].enumerated is None
+
+
+@pytest.mark.parametrize(
+    "dims", [(), (4, 4), (4, 0, 4), (4, 3.5, 4), (4, "a", 4), (4, True, 4), "484", 5, None, (4, np.nan, 4)]
+)
+def test_sizes_that_are_no_chain(dims: object) -> None:
     with pytest.raises(InputError, match="d_in, w_0"):
-        count_traces(dims)
+        count_traces(dims)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "a", None])
+def test_seeds_that_are_none(seed: object) -> None:
+    with pytest.raises(InputError, match="seed: expected a whole number from 0 on"):
+        count_traces((4, 2, 3), seed)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import math
 import re
 import zlib
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +23,7 @@ from linchain_analysis.plots import (
     plot_overview,
     plot_update_norms,
 )
+from linchain_analysis.plots.content import NoValuesError
 
 # Quantile 0.975 of the t distribution with 2 degrees of freedom, in closed form.
 T2 = (2 * 0.975 - 1) / math.sqrt(2 * 0.975 * 0.025)
@@ -263,3 +265,33 @@ def test_what_is_drawn_does_not_follow_the_users_settings() -> None:
 
 def test_jupyter_shows_the_figure() -> None:
     assert plot_loss(_losses({"lora-16": [[1.0, 2.0]]}))._repr_png_().startswith(b"\x89PNG")
+
+
+def test_axes_follow_the_unit_of_the_loss() -> None:
+    runs = comparison()
+    assert plot_loss(runs).figure.axes[0].get_ylabel() == "training loss (nats)"  # type: ignore[arg-type]
+    for unit, loss, norm in (
+        ("1", "training loss", "gradient norm\n(1/weight)"),
+        ("K²", "training loss (K²)", "gradient norm\n(K²/weight)"),
+    ):
+        runs.runs = (SimpleNamespace(manifest=SimpleNamespace(extra={"loss_unit": unit})),)
+        drawn = plot_loss(runs)  # type: ignore[arg-type]
+        assert drawn.figure.axes[0].get_ylabel() == loss
+        assert [column.unit for column in drawn.columns if column.name == "loss"] == [unit]
+        norms = plot_gradient_norms(runs)  # type: ignore[arg-type]
+        assert norms.figure.axes[0].get_ylabel() == norm
+        assert plot_update_norms(runs).figure.axes[0].get_ylabel() == "update norm\n(weight)"  # type: ignore[arg-type]
+
+
+def test_a_change_of_weight_that_stays_zero_has_no_rank() -> None:
+    runs = comparison(num_seeds=1, num_steps=4)
+    modules, factors = runs.tables["modules"], runs.tables["factors"]
+    modules["spectrum"] = [[0.0, 0.0]] * len(modules)
+    with pytest.raises(NoValuesError, match=r"effective-rank: .*got ΔW = 0 throughout, which has no rank"):
+        plot_effective_rank(runs)  # type: ignore[arg-type]
+    modules["spectrum"] = None
+    with pytest.raises(NoValuesError, match="since `light` stores no spectra"):
+        plot_effective_rank(runs)  # type: ignore[arg-type]
+    factors["update_norm"] = 0.0
+    with pytest.raises(NoValuesError, match=r"update-norms: expected norms above 0 .*, got 0 throughout"):
+        plot_update_norms(runs)  # type: ignore[arg-type]

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from synthetic_runs import FrameRuns, rows
 
 from linchain_analysis.errors import InputError
+from linchain_analysis.plots.content import NoValuesError
 from linchain_analysis.plots.learning_rates import plot_learning_rates
 
 RATES = (0.125, 0.25, 0.5, 1.0)
@@ -110,3 +112,67 @@ def test_several_problems_are_refused() -> None:
     both = pd.concat([sweep().tables["steps"], sweep(problem="other").tables["steps"]])
     with pytest.raises(InputError, match="learning-rates: expected runs of one problem"):
         plot_learning_rates(FrameRuns(steps=both))  # type: ignore[arg-type]
+
+
+def numbers(axes: Axes) -> list[str]:
+    low, high = axes.get_ylim()
+    labels = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    return [label.get_text() for tick, label in labels if low <= tick <= high]
+
+
+def overfitting(rate_of_seed: float = 0.05) -> FrameRuns:
+    """Losses that fall to 0.8 and then rise to 1.6, as on new inputs where labels are noisy."""
+    step = np.arange(1, 31)
+    loss = np.where(step <= 10, 1 - 0.02 * step, 0.8 + 0.04 * (step - 10))
+    parts = [
+        rows(method, seed, {"step": step, "relative_loss": loss + rate_of_seed * seed * rate}, rate=rate)
+        for method in ("lora-8", "linchain-3-8")
+        for rate in RATES
+        for seed in range(3)
+    ]
+    return FrameRuns(steps=pd.concat(parts, ignore_index=True))
+
+
+def test_a_loss_that_rises_again_has_a_level_and_axes_that_can_be_read() -> None:
+    drawn = plot_learning_rates(overfitting())  # type: ignore[arg-type]
+    drawn.figure.canvas.draw()
+    over = drawn.table[drawn.table["part"] == "a-c"]
+    assert set(over["quantity"]) == {"steps to 0.81 of relative_loss"}  # 0.8 + 0.05 · 0.125 of the middle seed
+    assert over["median"].min() == 10
+    for axes in (drawn.figure.axes[0], drawn.figure.axes[2], *drawn.figure.axes[3:5]):
+        assert 2 <= len(numbers(axes)) <= 7
+        assert all(numbers(axes))
+
+
+def test_a_level_that_no_rate_reaches_is_said() -> None:
+    drawn = plot_learning_rates(overfitting(), level=0.1)  # type: ignore[arg-type]
+    drawn.figure.canvas.draw()
+    assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["at no rate by most seeds", "a"]
+    assert numbers(drawn.figure.axes[0]) == []
+
+
+def test_a_loss_of_nothing_is_refused_as_what_it_is() -> None:
+    runs = overfitting()
+    runs.tables["steps"]["relative_loss"] = 0.0
+    with pytest.raises(
+        NoValuesError, match=r"learning-rates: expected a loss above 0 .*, got relative loss 0 throughout"
+    ):
+        plot_learning_rates(runs)  # type: ignore[arg-type]
+
+
+def test_chains_of_one_length_are_told_apart_by_the_marker_of_their_init() -> None:
+    methods = ("linchain-3-8", "linchain-3-8-orthogonal")
+    drawn = plot_learning_rates(sweep(methods=methods), level=0.1)  # type: ignore[arg-type]
+    for axes in drawn.figure.axes:
+        lines = {line.get_label(): line for line in axes.get_lines() if line.get_label() in methods}
+        plain, other = (lines[method] for method in methods)
+        assert plain.get_color() == other.get_color()
+        assert other.get_marker() == "s" and plain.get_marker() in ("o", "None")
+        assert other.get_markerfacecolor() == "white"
+    (legend,) = drawn.figure.legends
+    assert [handle.get_marker() for handle in legend.legend_handles] == ["None", "s"]  # type: ignore[union-attr]
+
+
+def test_the_definition_of_the_loss_stands_beside_the_figure() -> None:
+    columns = plot_learning_rates(sweep(), level=0.1).columns  # type: ignore[arg-type]
+    assert [column.name for column in columns] == ["step", "relative_loss", "spectrum", "effective_rank"]

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.plots.columns import list_drawables
+from linchain_analysis.plots.columns import list_drawables, refuse_unknown
 from linchain_analysis.plots.gallery import FIGURES, draw_gallery, find_figures
 from linchain_analysis.plots.measures import MAX_ENTRIES, choose_scale, plot_measure
 from linchain_analysis.runs import Manifest, ModuleRecord, RunSet, RunWriter, load_runs
@@ -345,3 +345,26 @@ def test_unknown_names_are_refused_with_all_that_is_possible(tmp_path: Path) -> 
     assert "own-spectrum" in list_drawables(runs)
     with pytest.raises(InputError, match="got 'zzz'; correct the name"):
         find_figures(runs, ["zzz"])
+
+
+def test_a_column_is_refused_with_the_measure_that_records_it(tmp_path: Path) -> None:
+    words = {
+        "sgd-identity-error": "by the measure 'sgd_identity': .* or, for maps, sweep --measures sgd_identity",
+        "relative-loss": "draw runs of synthetic maps",
+        "noise-trace": r"measures=\[\"noise_trace\"\]",
+    }
+    for name, complaint in words.items():
+        with pytest.raises(InputError, match=f"got '{name}', which these runs did not record; .*{complaint}"):
+            raise refuse_unknown(name, ["loss"], "--only")
+
+
+def test_losses_of_maps_are_described_and_those_of_others_are_not(tmp_path: Path) -> None:
+    for unit, meaning in (("1", "of a synthetic map"), (None, "as the training loop logged it")):
+        extra = {} if unit is None else {"loss_unit": unit}
+        writer = RunWriter(tmp_path / str(unit), Manifest(("t",), method="lora-2", problem="p", extra=extra))
+        writer.append("steps", {"step": [1, 2], "loss": [2.0, 1.0]})
+        writer.append("scalars", {"step": [1, 2], "name": ["excess_loss"] * 2, "value": [2.0, 1.0]})
+        writer.close()
+        runs = load_runs(tmp_path / str(unit))
+        assert list_drawables(runs)["excess-loss"].column.meaning.startswith(meaning)
+        assert list_drawables(runs)["grad-norm"].column.unit == ("1" if unit else "nats")

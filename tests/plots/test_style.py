@@ -67,3 +67,11 @@ def test_a_legend_is_no_wider_than_its_figure(ending: str) -> None:
         figure.canvas.draw()
         (legend,) = figure.legends
         assert legend.get_window_extent().width <= figure.bbox.width
+
+
+def test_an_init_has_a_marker_and_a_style_stays_one_by_colour_and_dash() -> None:
+    inits = {"": "o", "-orthogonal": "s", "-identity": "D", "-he": "^", "-lecun": "v"}
+    styles = assign_styles(f"linchain-3-8{init}" for init in inits)
+    assert [styles[f"linchain-3-8{init}"].marker for init in inits] == list(inits.values())
+    assert len({(style.color, style.dash) for style in styles.values()}) == len(inits)  # told apart without markers
+    assert assign_styles(["lora-8"])["lora-8"].mark(2.0) == {"marker": "o", "markersize": 2.0}

@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 
 from linchain_analysis.errors import InputError
 from linchain_analysis.problems.synthetic import MAP_NAMES, LinearMaps, MapSetting
+from linchain_analysis.problems.synthetic.streams import open_stream
 from linchain_analysis.problems.synthetic.targets import rotation, shear
 
 ALL = np.arange(2)
@@ -279,3 +280,12 @@ def test_arrays_that_do_not_belong_together(place: str, options: dict[str, Any])
     with pytest.raises(InputError) as caught:
         LinearMaps(np.ones((2, 3, 2)), **options)
     assert caught.value.place == place
+
+
+def test_streams_of_seeds_parts_and_steps_are_apart() -> None:
+    """NumPy makes one stream of [2³², 0] and [0, 1]; and a step must not repeat the samples of its seed."""
+    keys = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (2**32, 0, 0), (2**32 + 1, 0, 0), (2**64, 0, 0), (0, 4, 1), (0, 4, 2)]
+    drawn = [open_stream(*key).standard_normal() for key in keys]
+    assert len(set(drawn)) == len(keys)
+    # A fixed part is what it was before steps had streams: published numbers stay.
+    assert open_stream(3, 1).standard_normal() == np.random.default_rng([3, 1]).standard_normal()

@@ -392,3 +392,19 @@ def test_stacks_that_are_refused(place: str, options: dict[str, Any]) -> None:
 def test_counts_that_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="num_"):
         train_chains(MapSetting(dim=3).draw([0]), draw_stack((3, 2, 3), [0.1]), OptimizerSettings(), **options)
+
+
+def test_an_exception_at_a_step_ends_the_training_there() -> None:
+    problem = MapSetting(dim=4, target_rank=2).draw([0])
+    factors = [np.ones((1, 4, 2)), np.zeros((1, 2, 4))]
+    stack = ChainStack(factors, np.zeros(1, dtype=np.intp), np.array([0.1]))
+    told: list[int] = []
+
+    def stop(step: int) -> None:
+        told.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_chains(problem, stack, OptimizerSettings("gd"), 1000, on_step=stop, num_threads=1)
+    assert told == [1, 2, 3]

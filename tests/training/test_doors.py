@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,11 @@ MAP = ["--problem", "shear-rotation", "--dim", 8, "--target-rank", 2, "--steps",
         (["--problem", "shear", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--problem", "shear", "--workers", "0"], "num_threads: expected at least 1, got 0"),
         (["--problem", "shear", "--every", "often"], "every: expected"),
+        (["--problem", "shear", "--weight-decay", "0.1"], "--weight-decay: expected none with the optimiser adam"),
+        (["--problem", "shear", "--spectrum", "1,2"], "spectrum: expected none with the target 'shear'"),
+        (["--problem", "spectrum", "--spectrum", "1,much"], "--spectrum: expected numbers, got 'much'"),
+        (["--problem", "shear", "--measures", "sgd-identity"], "did you mean 'sgd_identity'?"),
+        (["--methods", "lora-4", "--measures", "orders"], "--measures: expected none with the problem text"),
         (["--problem", "shear", "--samples", "8", "--batch-size", "8"], "batch_size: expected"),
     ],
 )
@@ -178,10 +184,97 @@ def test_maps_have_methods_rates_and_seeds_of_their_own(tmp_path: Path) -> None:
     code, output = call(sweep_door, "--out", tmp_path / "grid", *short, "--seeds", 1)
     assert code == 0, output
     assert f"{5 * 14} complete runs" in output
-    assert (tmp_path / "grid" / "linchain-4-8_lr6.103515625e-05_seed0" / "manifest.json").is_file()  # 2^-14
+    assert (tmp_path / "grid" / "linchain-4-4_lr6.103515625e-05_seed0" / "manifest.json").is_file()  # r = d, 2^-14
     code, output = call(sweep_door, "--out", tmp_path / "seeds", *short, "--methods", "lora-2", "--optimizer", "gd")
     assert f"{12 * 10} complete runs" in output
     assert (tmp_path / "seeds" / "lora-2_lr16.0_seed9" / "manifest.json").is_file()
+
+
+def narrow(*arguments: object) -> str:
+    """Output of a sweep that succeeds, on a terminal of 80 columns."""
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(sweep_door.app, [str(part) for part in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_headings_and_names_stand_whole_in_eighty_columns(tmp_path: Path) -> None:
+    methods = "lora-2,linchain-3-2-orthogonal"
+    output = narrow("--out", tmp_path, *MAP, "--methods", methods, "--learning-rates", "0.1,1e300", "--seeds", 1)
+    lines = output.splitlines()
+    above, below = next((a, b) for a, b in pairwise(lines) if b.lstrip().startswith("method"))
+    assert above.split() == ["learning", "final", "reached", "at"]
+    assert below.split()[:5] == ["method", "rate", "seeds", "relative", "loss"]
+    assert "linchain-3-2-orthogonal" in output and "…" not in output
+    assert "0.1* " in output  # the best rate, and the smallest
+    assert "*: the smallest or largest that was tried, so a better one may lie outside." in " ".join(output.split())
+
+
+def test_one_run_is_told_in_the_singular(tmp_path: Path) -> None:
+    one = ["--methods", "lora-2", "--seeds", 1, "--learning-rates", "0.1"]
+    assert "\n1 complete run (0 of them from before)" in narrow("--out", tmp_path, *MAP, *one)
+
+
+def test_adapters_wider_than_the_map_are_told(tmp_path: Path) -> None:
+    few = ["--problem", "shear", "--dim", 2, "--steps", 2, "--seeds", 1, "--learning-rates", "0.1"]
+    output = narrow("--out", tmp_path / "wide", *few, "--methods", "lora-2,lora-8,linchain-3-4")
+    assert "note: adapters wider than the map of 2 × 2: lora-8, linchain-3-4 (r > 2)" in output
+    assert "note:" not in narrow("--out", tmp_path / "default", *few)
+
+
+def test_the_table_of_a_zero_target_shows_the_excess_loss(tmp_path: Path) -> None:
+    zero = ["--problem", "spectrum", "--dim", 6, "--target-rank", 0, "--steps", 20, "--seeds", 2, "--methods", "lora-2"]
+    output = narrow("--out", tmp_path / "exact", *zero, "--learning-rates", "0.1")
+    assert "not finite" not in output and "excess loss" in output
+    assert "The relative loss is undefined in all runs, as it is of the target 0." in " ".join(output.split())
+    assert re.search(r"^ lora-2 +0\.1 +2 +0 +100% +1 *$", output, re.MULTILINE)
+    noisy = [*zero, "--samples", 4, "--label-noise", 1, "--learning-rates", "0.1"]
+    output = narrow("--out", tmp_path / "noisy", *noisy)
+    row = re.search(r"^ lora-2 +0\.1 +2 +([\d.e-]+) ", output, re.MULTILINE)
+    final = [
+        load_run(path.parent).steps["excess_loss"].iloc[-1] for path in (tmp_path / "noisy").glob("*/manifest.json")
+    ]
+    assert row is not None and float(row[1]) == pytest.approx(sum(final) / 2, rel=1e-2)  # printed: 3 digits
+
+
+def test_the_level_of_noisy_labels_is_one_below_the_start(tmp_path: Path) -> None:
+    noisy = ["--problem", "spectrum", "--dim", 8, "--target-rank", 1, "--samples", 12, "--label-noise", "0.5"]
+    rates = ["--learning-rates", "0.003,0.03", "--seeds", 3, "--steps", 300, "--methods", "lora-4,linchain-2-4"]
+    output = narrow("--out", tmp_path, *noisy, *rates)
+    level = re.search(r"a run that did not reach ([\d.]+)", " ".join(output.split()))
+    assert level is not None and 1e-3 < float(level[1]) < 1
+    runs = [load_run(path.parent) for path in tmp_path.glob("*/manifest.json")]
+    assert min(run.steps["relative_loss"].iloc[-1] for run in runs) > float(level[1])  # fits the noise in the end
+    assert "100%" in output or "67%" in output
+
+
+def test_spectrum_measures_and_weight_decay_of_a_map(tmp_path: Path) -> None:
+    one = ["--methods", "lora-3", "--learning-rates", "0.1", "--seeds", 1, "--steps", 3]
+    chosen = ["--problem", "spectrum", "--dim", 4, "--spectrum", "1,3,0.5", "--measures", "sgd_identity"]
+    narrow("--out", tmp_path / "runs", *chosen, *one, "--optimizer", "adamw", "--weight-decay", "0.25")
+    run = load_run(tmp_path / "runs" / "lora-3_lr0.1_seed0")
+    settings = run.manifest.extra["settings"]
+    assert settings["spectrum"] == [3.0, 1.0, 0.5] and settings["weight_decay"] == 0.25
+    assert run.modules["sgd_identity_error"].notna().any()
+    assert run.steps["loss"].iloc[0] == pytest.approx((9 + 1 + 0.25) / 2, rel=1e-12)  # ½‖T‖², B being 0
+    code, output = call(figures_door, tmp_path / "runs", "--out", tmp_path / "x", "--only", "interaction-ratio")
+    assert code == 2 and "by the measure 'orders'" in output and "sweep --measures orders" in output
+
+
+def test_text_and_maps_are_not_mixed_in_one_folder(small: list[str], tmp_path: Path) -> None:
+    one = ["--methods", "lora-2", "--seeds", 1, "--learning-rates", "0.1"]
+    assert call(sweep_door, "--out", tmp_path, *MAP, *one)[0] == 0
+    code, output = call(sweep_door, "--out", tmp_path, "--methods", "lora-4", "--learning-rates", "0.02", *small)
+    assert code == 2 and "a run of shear-rotation-d8-rank2-steps60; choose another folder" in output
+    assert not list(tmp_path.glob("lora-4*"))
+
+
+def test_finetune_sends_maps_to_the_sweep(tmp_path: Path) -> None:
+    for name, words in (
+        ("shear", "train maps by python -m linchain_analysis.sweep --problem shear"),
+        ("hills", "maps: "),
+    ):
+        code, output = call(finetune_door, "--method", "lora-4", "--out", tmp_path / "run", "--problem", name)
+        assert code == 2 and words in output
 
 
 def test_a_run_of_a_map_is_read_by_the_doors_that_read_runs(tmp_path: Path) -> None:

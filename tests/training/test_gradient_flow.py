@@ -151,3 +151,11 @@ def test_fresh_inputs_have_no_flow() -> None:
     problem = MapSetting(dim=4, batch_size=3).draw([0])
     with pytest.raises(InputError, match="batch_size 3"):
         flow_chain(problem, [np.ones((4, 2)), np.ones((2, 4))], [1.0])
+
+
+def test_a_flow_that_takes_too_many_gradients_is_given_up() -> None:
+    problem, factors = draw()
+    with pytest.raises(InputError, match="more than 50 gradients were needed"):
+        flow_chain(problem, [1e3 * factors[0], *factors[1:]], [1.0], most_slopes=50)
+    with pytest.raises(InputError, match="times: expected times as real numbers, got 'ab'"):
+        flow_chain(problem, factors, "ab")  # type: ignore[arg-type]

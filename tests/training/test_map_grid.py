@@ -24,11 +24,21 @@ from linchain_analysis import Tracker, load_run, load_runs, method_config
 from linchain_analysis.adapters import read_factors
 from linchain_analysis.analysis.summary import summarise_methods
 from linchain_analysis.errors import InputError, LinchainError, RunError
+from linchain_analysis.method_names import parse_method
 from linchain_analysis.problems.synthetic import MapSetting
 from linchain_analysis.runs import Run, read_snapshots
 from linchain_analysis.runs.complete import UNFINISHED
 from linchain_analysis.training.events import Event, RunFinished, RunStarted
-from linchain_analysis.training.synthetic import MapGrid, MapRunSettings, OptimizerSettings, execution, run_map_grid
+from linchain_analysis.training.synthetic import (
+    ADAM_RATES,
+    DEFAULT_METHODS,
+    GD_RATES,
+    MapGrid,
+    MapRunSettings,
+    OptimizerSettings,
+    execution,
+    run_map_grid,
+)
 from linchain_analysis.training.synthetic.initial_stacks import draw_factors
 from linchain_analysis.training.synthetic.recording import choose_steps, spaced_steps
 
@@ -78,7 +88,10 @@ def track(settings: MapRunSettings, folder: Path) -> Run:
     layer: Any = model.base_model.model[0]
     for (_, parameter, _), factor in zip(read_factors(layer, "default"), draw_factors(settings), strict=True):
         parameter.data.copy_(torch.from_numpy(factor.T.copy()))
-    inputs = torch.eye(d_in).double() if maps.design is None else torch.from_numpy(maps.design[0])
+    # d_in rows whose covariance is I, which without samples is meant.
+    population = maps.design is None
+    inputs = np.sqrt(d_in) * torch.eye(d_in).double() if population else torch.from_numpy(maps.design[0])
+    weight = maps.weight / d_in if population else maps.weight
     labels = inputs @ torch.from_numpy(maps.targets[0])
     if maps.noise is not None:
         labels = labels + torch.from_numpy(maps.noise[0])
@@ -88,7 +101,7 @@ def track(settings: MapRunSettings, folder: Path) -> Run:
     with Tracker(model, optimizer, folder, preset=settings.preset, every=settings.every, strict=True):
         for _ in range(settings.num_steps):
             optimizer.zero_grad()
-            loss = 0.5 * maps.weight * ((model(inputs) - labels) ** 2).sum()
+            loss = 0.5 * weight * ((model(inputs) - labels) ** 2).sum()
             loss.backward()
             optimizer.step()
     return load_run(folder)
@@ -180,6 +193,49 @@ def test_a_run_does_not_depend_on_its_neighbours_or_on_threads(tmp_path: Path) -
             pd.testing.assert_frame_equal(run.read(table), together[run.path.name].read(table), check_exact=True)
 
 
+@pytest.mark.parametrize("rates", [[1e30], [1e30, 0.1]])
+def test_a_run_that_diverges_at_once_has_all_rows_whoever_is_beside_it(rates: list[float], tmp_path: Path) -> None:
+    grid = small_grid(
+        methods=["lora-3"], learning_rates=rates, optimizer=OptimizerSettings("gd"), preset="full", every=4
+    )
+    run = train(grid, tmp_path)[0]
+    assert run.base_learning_rate == 1e30 and len(run.read("steps")) == 12
+    assert len(run.modules) == 3 and len(run.factors) == 6 and len(run.links) == 3
+    assert run.factors["weight_norm"].isna().all() and run.modules["spectrum"].map(np.isnan).map(np.all).all()
+
+
+def test_rates_of_factors_are_told_as_the_first_group_s(tmp_path: Path) -> None:
+    (run,) = train(small_grid(methods=["lora-3"], learning_rates=[0.02], factor_rates={"A": 0.5, "B": 4}), tmp_path)
+    assert (run.steps["learning_rate"] == 0.01).all() and run.base_learning_rate == 0.02
+
+
+def test_population_measures_of_noisy_samples_are_those_of_new_inputs(tmp_path: Path) -> None:
+    """Written out dense: the excess over the best of rank 3, and the spectrum of ΔW behind inputs of covariance C."""
+    problem = MapSetting("spectrum", dim=5, spectrum=(4.0, 3.0, 2.0, 1.0), input_decay=1.0, label_noise=0.5)
+    grid = small_grid(problem=replace(problem, num_samples=9), methods=["lora-3"], preset="full", every=1)
+    (run,) = train(grid, tmp_path / "samples")
+    root = np.diag(np.arange(1, 6.0) ** -0.5)
+    target = problem.draw([grid.seeds[0]]).targets[0]
+    tail = np.linalg.svd(root @ target, compute_uv=False)[3:]
+    evals = run.evals.set_index(["metric", "step"])["value"]
+    start = ((root @ target) ** 2).sum() / 2
+    assert evals["population_excess_loss", 0] == pytest.approx(start - (tail**2).sum() / 2, rel=1e-12)
+    # Activations are those of the forward pass, so that step 2 shows what step 1 left.
+    second = small_grid(problem=problem, methods=["lora-3"], preset="full", every=2, num_steps=2)
+    (run,) = train(second, tmp_path / "population")
+    expected = np.linalg.svd(root @ first_delta(grid.runs()[0].settings, problem), compute_uv=False)[:3]
+    np.testing.assert_allclose(run.modules["data_weighted_spectrum"].iloc[0][:2], expected[:2], rtol=1e-5)  # float32
+
+
+def first_delta(settings: MapRunSettings, problem: MapSetting) -> np.ndarray[Any, Any]:
+    """ΔW after one step of Adam from B = 0: B becomes −η sign(∂L/∂B) up to Adam's ε."""
+    a, b = draw_factors(settings)
+    maps = problem.draw([settings.data_seed])
+    gradient = maps.evaluate((a @ b)[None], np.zeros(1, dtype=int))[1][0]
+    slope = a.T @ gradient
+    return np.asarray(a @ (-settings.learning_rate * slope / (np.abs(slope) + 1e-8)))
+
+
 def test_methods_of_one_seed_start_alike() -> None:
     grid = small_grid(methods=["lora-4", "linchain-2-4", "linchain-3-4", "linchain-3-4-orthogonal", "linchain-3-4-he"])
     lora, two, three, orthogonal, he = (draw_factors(run.settings) for run in grid.runs())
@@ -230,7 +286,7 @@ def test_a_single_step_by_hand(tmp_path: Path) -> None:
     assert run.modules["delta_norm"].tolist() == pytest.approx([0.125 * a**2 * 3], rel=1e-6)  # stored in float32
     evals = run.evals.set_index(["metric", "step"])["value"]
     assert evals["relative_loss", 0] == 1.0 and evals["relative_loss", 1] == row["relative_loss"]
-    assert evals["excess_loss", 0] == pytest.approx(4.5) and set(run.evals["split"]) == {"population"}
+    assert evals["population_excess_loss", 0] == pytest.approx(4.5) and set(run.evals["split"]) == {"population"}
 
 
 def test_the_scale_is_the_methods_own_where_it_is_none(tmp_path: Path) -> None:
@@ -398,6 +454,29 @@ def test_a_folder_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     assert run_map_grid(larger, tmp_path, progress=Silent()).num_skipped == 1
 
 
+def test_a_folder_of_another_problem_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    """Names of runs do not say what is learned, so that at another rate no name would clash."""
+    train(small_grid(), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    name = "shear-rotation-d10-rank4-steps12"
+    for change in (
+        {"problem": replace(SMALL, name="shear")},
+        {"problem": replace(SMALL, label_noise=0.5)},
+        {"optimizer": OptimizerSettings("gd")},
+    ):
+        other = small_grid(learning_rates=[0.1], **change)
+        with pytest.raises(
+            RunError, match=rf"expected no runs but those of .*, got linchain-2-3-w3.*, a run of {name};"
+        ):
+            run_map_grid(other, tmp_path)
+    kept = [path for path in sorted(tmp_path.rglob("*")) if path in before]
+    assert sorted(tmp_path.rglob("*")) == kept == before
+    more = small_grid(methods=["linchain-2-3-w3", "lora-3"], learning_rates=[0.05, 0.1], seeds=[0, 1], preset="light")
+    with pytest.raises(RunError, match="preset"):  # of a run of the same name
+        run_map_grid(more, tmp_path)
+    assert run_map_grid(replace(more, preset="standard"), tmp_path, progress=Silent()).num_skipped == 1
+
+
 @pytest.mark.parametrize("content", ["notes.txt", "steps.parquet"])
 def test_a_folder_of_something_else_is_left_alone(content: str, tmp_path: Path) -> None:
     name = small_grid().runs()[0].name
@@ -434,9 +513,11 @@ def test_a_run_that_cannot_be_written_does_not_stop_the_others(tmp_path: Path) -
     [
         ({"methods": []}, "methods: expected at least one"),
         ({"methods": ["lora-3", "lora-3"]}, "methods: expected each once, got lora-3 twice"),
-        ({"methods": ["full-finetune"]}, "got 'full-finetune'"),
-        ({"learning_rates": [0.0]}, "learning_rate: expected a finite number.* more than 0, got 0.0"),
-        ({"seeds": [-1]}, "init_seed: expected a whole number of at least 0, got -1"),
+        ({"methods": ["full-finetune"]}, "got 'full-finetune', but a map has no weights of its own to train; leave it"),
+        ({"learning_rates": [0.0]}, "learning_rates: expected a finite number.* more than 0, got 0.0"),
+        ({"seeds": [-1]}, "seeds: expected a whole number of at least 0, got -1"),
+        ({"seeds": [0, 0.5]}, "seeds: expected a whole number of at least 0, got 0.5"),
+        ({"seeds": [True]}, "seeds: expected a whole number of at least 0, got True"),
         ({"num_steps": 0}, "num_steps: expected a whole number of at least 1, got 0"),
         ({"scale": 0.0}, "scale: expected a finite number.* more than 0"),
         ({"every": 0}, "every: expected a whole number of at least 1, got 0"),
@@ -498,6 +579,28 @@ def test_adapters_wider_than_the_map(method: str, tmp_path: Path) -> None:
     assert run.modules["spectrum"].map(len).unique().tolist() == [2]
     assert run.steps["loss"].iloc[-1] < 0.5 * run.steps["loss"].iloc[0]
     assert (run.modules["gradient_capture"].dropna() <= 1 + 1e-6).all()  # stored in float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((64, None), 8), ((8, None), 8), ((2, None), 2), ((16, 3), 3), ((1, 9), 1)]
+)
+def test_default_methods_are_no_wider_than_the_map(shape: tuple[int, int | None], rank: int) -> None:
+    setting = MapSetting("shear", dim=shape[0], dim_out=shape[1])
+    grid = MapGrid(setting)
+    assert [parse_method(name).widths for name in grid.methods] == [(rank,) * (n + 1) for n in range(5)]
+    assert (tuple(grid.methods) == DEFAULT_METHODS) is (rank == 8)
+    assert MapGrid(setting, ["lora-8"]).methods == ["lora-8"]
+
+
+def test_default_rates_follow_optimiser_and_loss() -> None:
+    def rates(optimizer: str, loss: str) -> set[float]:
+        setting = MapSetting("shear", dim=4, loss=loss)  # type: ignore[arg-type]
+        grid = MapGrid(setting, optimizer=OptimizerSettings(optimizer))  # type: ignore[arg-type]
+        return {run.settings.learning_rate for run in grid.runs()}
+
+    assert rates("adam", "quadratic") == rates("adamw", "quartic") == set(ADAM_RATES)
+    assert rates("gd", "quadratic") == rates("momentum", "quadratic") == set(GD_RATES)
+    assert rates("gd", "quartic") == {2.0**k for k in range(-3, 9)}
 
 
 def test_two_dimensions_hold_shear_and_rotation(tmp_path: Path) -> None:

@@ -124,18 +124,21 @@ def printed_inner_gradient(
 
 
 def printed_errors(factors: Sequence[Array], gradient: Array) -> Array:
-    """Return ‖printed − right‖/‖right‖ of ∂L/∂W_i for i = 1 … n, (…, n).
+    """Return ‖printed − right‖/‖right‖ of ∂L/∂W_i for i = 1 … n, (…, n), leading axes broadcast.
 
     NaN where the printed product does not exist, has another shape than W_i, or the right gradient is 0.
     """
     found = []
     for i in range(1, len(factors) - 1):
         right, printed = inner_gradient(factors, i, gradient), printed_inner_gradient(factors, i, gradient)
-        if printed is None or printed.shape != right.shape:
+        if printed is None or printed.shape[-2:] != right.shape[-2:]:
             found.append(np.full(right.shape[:-2], np.nan))
         else:
             found.append(ratio(norm(printed - right), norm(right)))
-    return np.stack(found, axis=-1) if found else np.zeros((*gradient.shape[:-2], 0))
+    # The gradient of W_i does not hold W_i, and so lacks the stack where that is the only one stacked.
+    stack = np.broadcast_shapes(gradient.shape[:-2], *(factor.shape[:-2] for factor in factors))
+    errors = [np.broadcast_to(error, stack) for error in found]
+    return np.stack(errors, axis=-1) if errors else np.zeros((*stack, 0))
 
 
 def _check_inner(factors: Sequence[Array], i: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linchain_analysis.errors import InputError
+from linchain_analysis.problems.synthetic.streams import STEPS, open_stream
 
 Floats = NDArray[np.float64]
 
@@ -120,7 +121,7 @@ class LinearMaps:
         d_in, d_out = self.shape
         designs, noises = [], []
         for seed in self.seeds:
-            generator = np.random.default_rng([seed, step])
+            generator = open_stream(seed, STEPS, step)
             designs.append(generator.standard_normal((self.batch_size, d_in)) * np.sqrt(self._variances))
             noises.append(generator.standard_normal((self.batch_size, d_out)) * self.label_noise)
         noise = np.stack(noises) if self.label_noise else None
@@ -173,9 +174,9 @@ class LinearMaps:
         if self.batch_size is None:
             return self.evaluate(delta, index, work)[0]
         if self.power == 2:
-            return self.population_losses(delta, index, work) + self.label_noise**2 * self.shape[1] / 2
+            return self.population_losses(delta, index, work) + self._step_variance * self.shape[1] / 2
         error = self._errors(delta, index, Workspace() if work is None else work)
-        variances = np.einsum("kij,kij->kj", error, error) + self.label_noise**2
+        variances = np.einsum("kij,kij->kj", error, error) + self._step_variance
         return np.asarray(0.75 * np.einsum("kj,kj->k", variances, variances))
 
     def population_losses(self, delta: Floats, index: NDArray[np.intp], work: Workspace | None = None) -> Floats:
@@ -195,6 +196,7 @@ class LinearMaps:
         """Population loss of ΔW = 0, ½ E‖x T‖², (S,): what relative losses are relative to."""
         return self.population_losses(np.zeros_like(self.targets), np.arange(len(self)))
 
+    @np.errstate(over="ignore")
     def smallest_losses(self, rank: int) -> Floats:
         """Return the infimum of `losses` over matrices of at most `rank`, (S,); NaN where it is not known.
 
@@ -204,13 +206,14 @@ class LinearMaps:
         `rank`; otherwise unknown.
 
         Directions in which the inputs are below rounding (max(N, d_in) · eps of the largest) count as out of reach.
+        Inf where it overflows.
         """
         sigma, outside = self._label_spectra
         beyond = (sigma[:, rank:] ** 2).sum(axis=-1) + outside
-        noise = self.label_noise if self.batch_size is not None else 0.0
+        variance = self._step_variance if self.batch_size is not None else 0.0
         if self.power == 2 and self.observed is None:
-            return np.asarray(self.weight * beyond / 2 + noise**2 * self.shape[1] / 2)
-        least = 3 * noise**4 * self.shape[1] / 4 if self.power == 4 else 0.0
+            return np.asarray(self.weight * beyond / 2 + variance * self.shape[1] / 2)
+        least = 3 * (variance * variance) * self.shape[1] / 4 if self.power == 4 else 0.0
         return np.where(beyond == 0, least, np.nan)
 
     @cached_property
@@ -235,6 +238,11 @@ class LinearMaps:
         # Rounding of a matrix that has no more than a few singular values is no tail.
         floor = max(design.shape[1], *self.shape) * eps * values.max(axis=-1, keepdims=True, initial=0.0)
         return np.where(values > floor, values, 0.0), outside
+
+    @property
+    def _step_variance(self) -> float:
+        """Variance of the labels' noise in fresh rows."""
+        return self.label_noise * self.label_noise  # where a power raises OverflowError, a product is Inf
 
     @cached_property
     def _whitened(self) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from linchain_analysis.errors import InputError
 from linchain_analysis.problems.synthetic.checking import require_choice, require_number, require_whole
 from linchain_analysis.problems.synthetic.maps import LinearMaps
+from linchain_analysis.problems.synthetic.streams import INPUTS, NOISE, OBSERVED, TARGET, open_stream
 from linchain_analysis.problems.synthetic.targets import BLOCKS, draw_block_target, draw_spectrum_target
 
 Floats = NDArray[np.float64]
@@ -124,7 +125,7 @@ class MapSetting:
             require_whole("data_seeds", seed, least=0)
         samples = [self._draw_samples(seed) for seed in data_seeds]
         return LinearMaps(
-            targets=np.stack([self._draw_target(_stream(seed, 0)) for seed in data_seeds]),
+            targets=np.stack([self._draw_target(open_stream(seed, TARGET)) for seed in data_seeds]),
             design=_stack([sample[0] for sample in samples]),
             noise=_stack([sample[1] for sample in samples]),
             observed=_stack([sample[2] for sample in samples]),
@@ -152,20 +153,15 @@ class MapSetting:
         design = noise = observed = None
         shape = (self.num_samples or self.dim, self.shape[1])
         if self.num_samples:
-            design = _stream(seed, 1).standard_normal((self.num_samples, self.dim)) * np.sqrt(self._variances)
+            design = open_stream(seed, INPUTS).standard_normal((self.num_samples, self.dim)) * np.sqrt(self._variances)
         if self.label_noise and self.batch_size is None:
-            noise = self.label_noise * _stream(seed, 2).standard_normal(shape)
+            noise = self.label_noise * open_stream(seed, NOISE).standard_normal(shape)
         if self.observed < 1:
             count = max(1, round(self.observed * shape[0] * shape[1]))
             flat = np.zeros(shape[0] * shape[1], dtype=bool)
-            flat[_stream(seed, 3).permutation(flat.size)[:count]] = True
+            flat[open_stream(seed, OBSERVED).permutation(flat.size)[:count]] = True
             observed = flat.reshape(shape)
         return design, noise, observed
-
-
-def _stream(seed: int, part: int) -> np.random.Generator:
-    """Streams of their own for each part, so that a target is the same whatever it is learned from."""
-    return np.random.default_rng([seed, part])
 
 
 def _stack(arrays: Sequence[NDArray[_Kind] | None]) -> NDArray[_Kind] | None:

@@ -5,8 +5,11 @@ from linchain_analysis.training.synthetic.grid import (
     ADAM_RATES,
     DEFAULT_METHODS,
     GD_RATES,
+    QUARTIC_GD_RATES,
     MapGrid,
     MapRunSettings,
+    default_methods,
+    default_rates,
 )
 from linchain_analysis.training.synthetic.optimizers import OptimizerSettings
 
@@ -14,8 +17,11 @@ __all__ = [
     "ADAM_RATES",
     "DEFAULT_METHODS",
     "GD_RATES",
+    "QUARTIC_GD_RATES",
     "MapGrid",
     "MapRunSettings",
     "OptimizerSettings",
+    "default_methods",
+    "default_rates",
     "run_map_grid",
 ]

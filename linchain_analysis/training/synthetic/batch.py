@@ -146,6 +146,7 @@ def train_chains(
     *,
     observe: Callable[[Moment], None] | None = None,
     observe_at: Callable[[int], bool] = lambda step: True,
+    on_step: Callable[[int], None] | None = None,
     num_threads: int | None = None,
 ) -> Trained:
     """Train every chain of `stack` for `num_steps` steps.
@@ -163,6 +164,8 @@ def train_chains(
         observe: Is shown each step for which `observe_at` is true, of one piece of the stack at a time; pieces may
             come from several threads. What it is shown must be neither changed nor kept.
         observe_at: Which steps.
+        on_step: Is told the number of every step before it is taken, of one piece of the stack at a time as `observe`;
+            an exception that it raises ends the training.
         num_threads: Threads; one for each usable core by default.
 
     Raises:
@@ -190,7 +193,7 @@ def train_chains(
     pieces = [order[start : start + size] for start in range(0, count, size)]
 
     def train(piece: NDArray[np.intp]) -> None:
-        _train_piece(problem, stack, optimizer, num_steps, piece, smallest, result, observe, observe_at)
+        _train_piece(problem, stack, optimizer, num_steps, piece, smallest, result, observe, observe_at, on_step)
 
     threads = min(num_threads or count_cores(), len(pieces))
     with threadpool_limits(1, user_api="blas"):
@@ -213,6 +216,7 @@ def _train_piece(
     result: Trained,
     observe: Callable[[Moment], None] | None,
     observe_at: Callable[[int], bool],
+    on_step: Callable[[int], None] | None,
 ) -> None:
     smallest = smallest[stack.index[alive]]
     used, index = np.unique(stack.index[alive], return_inverse=True)
@@ -223,6 +227,8 @@ def _train_piece(
     # A diverging chain overflows until it is noticed, in the same step or the next.
     with np.errstate(over="ignore", invalid="ignore"):
         for step in range(1, num_steps + 2):
+            if on_step is not None and step <= num_steps:
+                on_step(step)
             first, *rest = state.factors
             delta = np.matmul(first, multiply_chain(rest), out=work.empty("delta", (len(alive), *problem.shape)))
             if stack.scale != 1.0:

@@ -26,7 +26,7 @@ from linchain_analysis.tracking.presets import Selection, select
 from linchain_analysis.training.events import Event, RunFailed, RunFinished, RunStarted, RunStepped
 from linchain_analysis.training.execution import GridResult, carry_out
 from linchain_analysis.training.progress import Progress
-from linchain_analysis.training.synthetic.batch import Moment, Trained, train_chains
+from linchain_analysis.training.synthetic.batch import Trained, train_chains
 from linchain_analysis.training.synthetic.grid import MapGrid, MapRunSettings, PlannedMapRun
 from linchain_analysis.training.synthetic.initial_stacks import stack_runs
 from linchain_analysis.training.synthetic.recording import StackRecorder, added_columns, choose_steps, name_factors
@@ -54,7 +54,8 @@ def run_map_grid(
 
     Raises:
         InputError: If a setting cannot be: before anything is trained.
-        RunError: If `out` cannot be written, holds other things under a run's name, or is in use by another sweep.
+        RunError: If `out` cannot be written, holds runs of another problem or other things under a run's name, or is
+            in use by another sweep.
     """
     if num_threads is not None and num_threads < 1:
         raise InputError("num_threads", expected="at least 1", got=str(num_threads), do="leave it out for one per core")
@@ -64,7 +65,8 @@ def run_map_grid(
         with threadpool_limits(1, user_api="blas"):
             yield from train_maps(to_do, out, num_threads=num_threads or count_cores())
 
-    return carry_out(grid.runs(), Path(out), grid.to_json(), work, progress)
+    runs = grid.runs()
+    return carry_out(runs, Path(out), grid.to_json(), work, progress, problem=runs[0].settings.label_problem())
 
 
 def train_maps(runs: Sequence[PlannedMapRun], out: Path, *, num_threads: int) -> Generator[Event]:
@@ -180,17 +182,23 @@ def _train_stack(
     num_steps = settings[0].num_steps
     last = began
 
-    def observe(moment: Moment) -> None:
+    def on_step(step: int) -> None:
         nonlocal last
         if stopped.is_set():
             raise _Stopped
-        recorder.observe(moment)
         if time.monotonic() - last >= _REPORT_SECONDS:
             last = time.monotonic()
-            tell(RunStepped(worker, name, moment.step, num_steps, None))
+            tell(RunStepped(worker, name, step, num_steps, None))
 
     trained = train_chains(
-        problem, stack, settings[0].optimizer, num_steps, observe=observe, observe_at=recorder.records, num_threads=1
+        problem,
+        stack,
+        settings[0].optimizer,
+        num_steps,
+        observe=recorder.observe,
+        observe_at=recorder.records,
+        on_step=on_step,
+        num_threads=1,
     )
     outcome = _Outcome(problem, trained, stack.index)
     written = 0
@@ -213,7 +221,8 @@ class _Outcome:
     def __init__(self, problem: LinearMaps, trained: Trained, index: np.ndarray) -> None:
         self._trained = trained
         size = problem.target_losses[index]
-        self._relative = ratio(trained.population_loss, size[:, None])
+        with np.errstate(over="ignore"):  # of a target whose own loss is all but nothing
+            self._relative = ratio(trained.population_loss, size[:, None])
         rank = min(factor.shape[-1] for factor in trained.factors[:-1])
         # What no matrix of the chain's rank can undercut on new inputs, whatever the training data are.
         exact = replace(problem, design=None, noise=None, observed=None, weight=1.0, power=2, batch_size=None)
@@ -223,12 +232,15 @@ class _Outcome:
         trained, num_steps = self._trained, run.settings.num_steps
         steps = np.arange(1, num_steps + 1)
         after = {"excess_loss": trained.excess_loss[k, 1:], "relative_loss": self._relative[k, 1:]}
-        ends = {"relative_loss": self._relative[k, [0, -1]], "excess_loss": self._population_excess[k, [0, -1]]}
+        ends = {
+            "relative_loss": self._relative[k, [0, -1]],
+            "population_excess_loss": self._population_excess[k, [0, -1]],
+        }
         return {
             "steps": {
                 "step": steps,
                 "loss": trained.loss[k],
-                "learning_rate": np.full(num_steps, run.settings.learning_rate),
+                "learning_rate": np.full(num_steps, run.settings.learning_rate * run.settings.rate_factors[0]),
                 "grad_norm": trained.grad_norm[k],
                 "clip_coef": np.ones(num_steps),
                 # `seconds` and `track_seconds` are null: a run that is computed with others has no clock of its own.
@@ -272,5 +284,5 @@ def _complete_manifest(manifest: Manifest, settings: MapRunSettings) -> Manifest
                 factors=tuple(zip(names, shapes, strict=True)),
             ),
         ),
-        extra={"settings": settings.to_json()},
+        extra={"settings": settings.to_json(), "loss_unit": "1"},
     )

@@ -23,6 +23,7 @@ from linchain_analysis.problems.synthetic import LinearMaps
 from linchain_analysis.problems.synthetic.checking import require_number, require_whole
 
 Floats = NDArray[np.float64]
+MOST_SLOPES = 200_000  # some ten seconds for small maps; a flow that is not stiff takes hundreds to thousands
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def flow_chain(
     trained: Sequence[bool] | None = None,
     rtol: float = 1e-10,
     atol: float | None = None,
+    most_slopes: int = MOST_SLOPES,
 ) -> Flow:
     """Follow the gradient flow of one chain from time 0, by an explicit Runge-Kutta method of order 8.
 
@@ -74,10 +76,12 @@ def flow_chain(
         trained: Which factors move; all by default.
         rtol: Relative tolerance of an entry per step of the integration.
         atol: Absolute tolerance; `rtol` times the largest entry of the factors by default, or of 1 where all are 0.
+        most_slopes: How many gradients may be computed. A flow from large factors is stiff: the steps of an explicit
+            method then shrink with the sharpness, and there may be no end of them.
 
     Raises:
         InputError: A problem whose loss differs from step to step, factors that do not fit it, times that go back, or
-            a flow that the integration cannot follow with these tolerances.
+            a flow that the integration cannot follow with these tolerances and so many gradients.
     """
     if problem.batch_size is not None:
         raise InputError(
@@ -87,7 +91,7 @@ def flow_chain(
             do="leave out batch_size, or give num_samples",
         )
     at = _check_times(times)
-    start = [np.array(factor, dtype=np.float64) for factor in factors]
+    start = [_as_reals("factors", factor, "matrices of real numbers") for factor in factors]
     _check_factors(problem, start)
     require_number("scale", scale, least=-math.inf)
     require_number("rtol", rtol, least=1e-13)  # SciPy takes no smaller one
@@ -102,6 +106,7 @@ def flow_chain(
     largest = max(float(np.abs(one).max(initial=0.0)) for one in start)
     absolute = rtol * (largest or 1.0) if atol is None else atol
     require_number("atol", absolute, above=0.0)
+    require_whole("most_slopes", most_slopes, least=1)
 
     ends = np.cumsum([factor.size for factor in start])[:-1]
     index = np.array([map])
@@ -110,7 +115,13 @@ def flow_chain(
         parts = np.split(flat, ends, axis=-1)
         return [part.reshape(*flat.shape[:-1], *f.shape) for part, f in zip(parts, start, strict=True)]
 
+    num_slopes = 0
+
     def slope(time: float, flat: Floats) -> Floats:
+        nonlocal num_slopes
+        num_slopes += 1
+        if num_slopes > most_slopes:
+            raise _cannot_follow(time, f"more than {most_slopes} gradients were needed")
         now = unpack(flat[None])
         _, gradient = problem.evaluate(scale * multiply_chain(now), index)
         parts = factor_gradients(now, gradient, scale)
@@ -133,19 +144,35 @@ def _integrate(
     """Return the state at each time, (T, size)."""
     if times[-1] == 0.0:
         return np.repeat(start[None], len(times), axis=0)
+    if not np.isfinite(slope(0.0, start)).all():
+        raise _cannot_follow(0.0, "the gradient is not finite")
     solved = solve_ivp(slope, (0.0, times[-1]), start, method="DOP853", t_eval=times, rtol=rtol, atol=atol)
     if not solved.success or not np.isfinite(solved.y).all():
-        raise InputError(
-            "times",
-            expected="a flow that stays finite and can be followed",
-            got=f"a failure at time {solved.t[-1] if len(solved.t) else 0.0:g}: {solved.message}",
-            do="look at earlier times, or start from smaller factors",
-        )
+        raise _cannot_follow(solved.t[-1] if len(solved.t) else 0.0, solved.message)
     return np.asarray(solved.y.T)
 
 
+def _cannot_follow(time: float, why: str) -> InputError:
+    return InputError(
+        "times",
+        expected="a flow that stays finite and can be followed",
+        got=f"a failure at time {time:g}: {why}",
+        do="look at earlier times, start from smaller factors, or allow larger errors (rtol)",
+    )
+
+
+def _as_reals(place: str, values: object, expected: str) -> Floats:
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of several lengths
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biuf":
+        raise InputError(place, expected=expected, got=repr(values), do="give an array of such numbers")
+    return array.astype(np.float64)
+
+
 def _check_times(times: Sequence[float] | Floats) -> Floats:
-    at = np.asarray(times, dtype=np.float64)
+    at = _as_reals("times", times, "times as real numbers")
     if at.ndim != 1 or not at.size or not np.isfinite(at).all() or at[0] < 0 or (np.diff(at) <= 0).any():
         raise InputError(
             "times", expected="finite times from 0 on, each after the one before", got=repr(times), do="give them so"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from linchain_analysis.errors import InputError
-from linchain_analysis.method_names import NamedMethod, parse_method
+from linchain_analysis.method_names import FORMS, NamedMethod, parse_method
 from linchain_analysis.problems.synthetic import MapSetting
 from linchain_analysis.problems.synthetic.checking import require_number, require_whole
 from linchain_analysis.tracking.presets import select
@@ -19,6 +19,7 @@ DEFAULT_METHODS = ("lora-8", "moslora-8", "linchain-2-8-w8", "linchain-3-8", "li
 # Octaves; from too small to learn anything in 800 steps to too large to learn at all, at the default setting.
 ADAM_RATES = tuple(2.0**k for k in range(-14, 0))
 GD_RATES = tuple(2.0**k for k in range(-7, 5))
+QUARTIC_GD_RATES = tuple(2.0**k for k in range(-3, 9))  # gradients are the cubes of errors, most of them below 1
 _FACTORS = ("A", "W", "B")
 
 
@@ -62,6 +63,13 @@ class MapRunSettings:
     every: int | str = "auto"
 
     def __post_init__(self) -> None:
+        if self.method == "full-finetune":
+            raise InputError(
+                "method",
+                expected=f"a chain ({FORMS})",
+                got="'full-finetune', but a map has no weights of its own to train",
+                do="leave it out; a chain of r = min(d_in, d_out) can become any map",
+            )
         parse_method(self.method)
         require_number("learning_rate", self.learning_rate, above=0.0)
         for name in ("init_seed", "data_seed"):
@@ -176,6 +184,21 @@ def _tell(value: float) -> str:
     return repr(int(value)) if float(value).is_integer() and abs(value) < 1e6 else repr(float(value))
 
 
+def default_methods(setting: MapSetting) -> tuple[str, ...]:
+    """Return `DEFAULT_METHODS` with r = min(8, d_in, d_out): no map has a larger rank."""
+    rank = min(8, *setting.shape)
+    if rank == 8:
+        return DEFAULT_METHODS
+    return f"lora-{rank}", f"moslora-{rank}", *(f"linchain-{length}-{rank}" for length in (2, 3, 4))
+
+
+def default_rates(setting: MapSetting, optimizer: OptimizerSettings) -> tuple[float, ...]:
+    """Return the learning rates of a grid that names none."""
+    if optimizer.name not in ("gd", "momentum"):
+        return ADAM_RATES
+    return GD_RATES if setting.loss == "quadratic" else QUARTIC_GD_RATES
+
+
 @dataclass(frozen=True)
 class PlannedMapRun:
     """One cell of a grid: the name of its run folder and the settings of its run."""
@@ -193,8 +216,8 @@ class MapGrid:
 
     Attributes:
         problem: What is learned; a name stands for its default setting.
-        methods: Names of the methods.
-        learning_rates: Empty for `ADAM_RATES` or `GD_RATES`, by the optimiser.
+        methods: Names of the methods; `DEFAULT_METHODS` stands for `default_methods(problem)`.
+        learning_rates: Empty for `default_rates(problem, optimizer)`.
         seeds: Seeds, the units of replication.
         optimizer: As the rest, in `MapRunSettings`.
         num_steps: Number of steps.
@@ -226,13 +249,20 @@ class MapGrid:
     def __post_init__(self) -> None:
         if not isinstance(self.problem, MapSetting):
             object.__setattr__(self, "problem", MapSetting(self.problem))
+        assert isinstance(self.problem, MapSetting)
+        if self.methods is DEFAULT_METHODS:
+            object.__setattr__(self, "methods", default_methods(self.problem))
+        for seed in self.seeds:
+            require_whole("seeds", seed, least=0)
+        for rate in self.learning_rates:
+            require_number("learning_rates", rate, above=0.0)
         check_axes({"methods": self.methods, "seeds": self.seeds, "learning_rates": self.learning_rates})
         self.runs()  # every run's settings are checked before anything is started
 
     def runs(self) -> tuple[PlannedMapRun, ...]:
         """Return the runs, seeds outermost, so that a sweep that was cut short has compared methods already."""
         assert isinstance(self.problem, MapSetting)
-        default = GD_RATES if self.optimizer.name in ("gd", "momentum") else ADAM_RATES
+        default = default_rates(self.problem, self.optimizer)
         shared: dict[str, Any] = {
             f.name: getattr(self, f.name)
             for f in fields(self)

@@ -25,6 +25,8 @@ from linchain_analysis.vocabulary import columns_of
 Floats = NDArray[np.float64]
 SNAPSHOT_EVERY = 50
 _FIXED = {table: {column.name for column in columns_of(table)} for table in ("modules", "factors", "links")}
+_OF_FACTORS = ("update_norm", "weight_norm", "update_ratio", "grad_norm", "grad_cosine_previous")
+_OF_DELTA = ("spectrum", "delta_update_spectrum"), ("delta_norm", "delta_update_norm")
 _DENSE_STEPS = 20  # the start, where most happens, is recorded whole
 _LATER_RECORDS = 60
 
@@ -88,9 +90,8 @@ class StackRecorder:
         start = tuple(stack.factors)
         self._squares = tuple(squares(start, i) for i in range(len(start) - 1)) if selection.needs("start") else ()
         self._lengths = self._spectrum_lengths()
-        for name, length in zip(("spectrum", "delta_update_spectrum"), self._lengths, strict=True):
-            if selection.spectra:
-                self._column("modules", name, (length,))
+        if len(recorded):
+            self._make_columns()
 
     def records(self, step: int) -> bool:
         """Whether `step` is recorded."""
@@ -102,20 +103,9 @@ class StackRecorder:
         change = [new - old for new, old in zip(moment.after, moment.before, strict=True)]
         with np.errstate(over="ignore", invalid="ignore"):
             self._take_factors(t, moment, change)
-            chosen = self._selection
-            cores = reduce_chains(
-                moment.before,
-                change,
-                moment.gradients if chosen.needs("gradients") or self._snapped[t] else None,
-                self._stack.scale,
-                trained=self._trained,
-                learning_rate=self._rates[chains],
-                base_norm=np.zeros(len(chains)) if chosen.needs("base") else None,
-                start_squares=tuple((left[chains], right[chains]) for left, right in self._squares),
-                tokens=self._look_at_inputs(moment) if self._sampled[t] and chosen.needs("tokens") else None,
-            )
+            cores = self._reduce(moment, change, gradients=bool(self._snapped[t]), tokens=bool(self._sampled[t]))
             self._take_delta(t, chains, cores)
-            for measure in chosen.measures:
+            for measure in self._selection.measures:
                 if self._sampled[t] or not measure.sampled:
                     self._take_measure(t, chains, cores, measure)
         if self._snapped[t]:
@@ -149,6 +139,44 @@ class StackRecorder:
                 "tensors": list(packed),
             }
         return found
+
+    def _reduce(self, moment: Moment, change: Sequence[Floats], *, gradients: bool, tokens: bool) -> Cores:
+        """Chains in small coordinates, with gradients where a measure needs them too, and tokens only if so."""
+        chosen, chains = self._selection, moment.chains
+        return reduce_chains(
+            moment.before,
+            change,
+            moment.gradients if gradients or chosen.needs("gradients") else None,
+            self._stack.scale,
+            trained=self._trained,
+            learning_rate=self._rates[chains],
+            base_norm=np.zeros(len(chains)) if chosen.needs("base") else None,
+            start_squares=tuple((left[chains], right[chains]) for left, right in self._squares),
+            tokens=self._look_at_inputs(moment) if tokens and chosen.needs("tokens") else None,
+        )
+
+    def _make_columns(self) -> None:
+        """Make every column, so that a chain that lives to see no recorded step has the tables of any other.
+
+        How long the spectra of a measure are is known from what it says of one chain of zeros.
+        """
+        for name in _OF_FACTORS:
+            self._column("factors", name, (len(self._trained),))
+        self._column("modules", "descent_cosine")
+        for name, norm_name, length in zip(*_OF_DELTA, self._lengths, strict=True):
+            if self._selection.spectra:
+                self._column("modules", name, (length,))
+            else:
+                self._column("modules", norm_name)
+        zeros = [np.zeros((1, *factor.shape[1:])) for factor in self._stack.factors]
+        moment = Moment(1, np.zeros(1, dtype=np.intp), zeros, zeros, zeros)
+        with np.errstate(all="ignore"):
+            cores = self._reduce(moment, zeros, gradients=True, tokens=True)
+            for measure in self._selection.measures:
+                values = measure.function(cores)
+                for column in measure.columns:
+                    value = check_values(measure, column.name, values, column.table, cores)
+                    self._column(column.table, column.name, value.shape[1:])
 
     def _look_at_inputs(self, moment: Moment) -> TokenParts:
         return look_at_inputs(
@@ -190,10 +218,8 @@ class StackRecorder:
         self._column("modules", "descent_cosine")[chains, t] = descent
 
     def _take_delta(self, t: int, chains: NDArray[np.intp], cores: Cores) -> None:
-        for name, norm_name, core, length in (
-            ("spectrum", "delta_norm", cores.short_delta, self._lengths[0]),
-            ("delta_update_spectrum", "delta_update_norm", cores.update, self._lengths[1]),
-        ):
+        found = cores.short_delta, cores.update
+        for name, norm_name, core, length in zip(*_OF_DELTA, found, self._lengths, strict=True):
             if self._selection.spectra:
                 self._column("modules", name, (length,))[chains, t] = spectrum(core)[:, :length]
             else:

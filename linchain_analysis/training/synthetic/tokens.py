@@ -1,4 +1,8 @@
-"""What the inputs of a map show of the gradient of the full weight; the rows of its design are the tokens."""
+"""What the inputs of a map show of the gradient of the full weight; the rows of its design are the tokens.
+
+Without a design the loss is an expectation over all inputs, and the root of their covariance C takes the place of
+X/√N, its limit for many inputs N: ΔW is seen as C^½ ΔW, that is as by one token.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +45,13 @@ def look_at_inputs(
         tangent_square=_tangent_square(gradient, factors, trained),
         preconditioned_dot=np.asarray(sum((_square(g) for g in kept), np.zeros(()))) / scale**2,
         preconditioned_square=_square(preconditioned),
-        num_tokens=np.full(len(index), float(problem.shape[0] if problem.design is None else problem.design.shape[1])),
+        num_tokens=np.full(len(index), 1.0 if problem.design is None else float(problem.design.shape[1])),
         inputs=seen,
     )
 
 
 def _inputs(problem: LinearMaps, index: NDArray[np.intp], first: Floats) -> Floats:
-    """R (k, w_0, w_0) of X A."""
+    """R (k, w_0, w_0) of X A, or of C^½ A."""
     if problem.design is not None:
         seen = problem.design[index] @ first
     else:
