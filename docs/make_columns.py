@@ -158,8 +158,9 @@ effective preconditioner, η_i for the learning rate of F_i, W_0 for the base we
   says what that means under accumulation, clipping, scaling and sharding.
 - **gauge**: whether the column *depends* on the gauge.
 
-`steps` and `evals` are stored in float64, everything else in float32: what is smaller than about 1e-45 there reads as 0,
-and what is larger than 3e38 as Inf. Undefined is NaN, never 0. `python -m linchain_analysis.audit --list` prints the measures in a terminal.
+`steps` and `evals` are stored in float64, everything else in float32: what is smaller than about 1e-45 reads as 0
+there, and what is larger than 3e38 as Inf. Undefined is NaN, never 0. `python -m linchain_analysis.audit --list`
+prints the measures in a terminal.
 """
 
 
